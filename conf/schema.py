@@ -1,0 +1,368 @@
+"""What a run is, as typed values.
+
+Plain dataclasses (OmegaConf fills them), one per config group.  `RunConfig` is the whole; `NodeTask` is the part of it
+that nodes receive; `NodeSpec` is one node as the federation file describes it.  Nothing here imports Hydra, so a node
+can read these types without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeVar
+
+from trellis import canonical
+from trellis.errors import ConfigError
+from trellis.types import Privacy, Role
+
+T = TypeVar("T")
+
+
+class DataSource(StrEnum):
+    """Where rows come from.  Synthetic is always a choice, never a fallback."""
+
+    real = "real"
+    synthetic = "synthetic"
+
+
+class EngineName(StrEnum):
+    local = "local"
+    ray = "ray"
+
+
+class OptimizerName(StrEnum):
+    sgd = "sgd"
+    adam = "adam"
+
+
+class TrackingName(StrEnum):
+    mlflow = "mlflow"
+    none = "none"
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass
+class TrainingConfig:
+    """How a node trains in one round."""
+
+    batch_size: int = 32
+    epochs: int = 1
+    optimizer: OptimizerName = OptimizerName.sgd
+    lr: float = 0.05
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    max_examples: int | None = None
+    """At most this many training rows of a node are used in a round; None: all."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"training.batch_size is {self.batch_size}; it must be at least 1")
+        _require(self.epochs >= 1, f"training.epochs is {self.epochs}; it must be at least 1")
+        _require(self.lr > 0, f"training.lr is {self.lr}; it must be above 0")
+        _require(
+            self.max_examples is None or self.max_examples >= 1,
+            f"training.max_examples is {self.max_examples}; it must be at least 1, or null for all rows",
+        )
+
+
+@dataclass
+class SectorConfig:
+    """A task: the name of a file in `sectors/`, the options of its class, and how its model is trained."""
+
+    name: str = "healthcare_wisconsin"
+    rounds: int = 10
+    """Rounds that the shipped recipe needs; the run's `rounds` follows it unless set."""
+    options: dict[str, Any] = field(default_factory=dict)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+
+@dataclass
+class LinkConfig:
+    """A node's connection."""
+
+    uplink_mbit_s: float = 100.0
+    downlink_mbit_s: float = 100.0
+    latency_ms: float = 20.0
+    availability: float = 1.0
+    """Probability that the node is reachable in a round."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.availability <= 1, f"link.availability is {self.availability}; it must be above 0, at most 1")
+        _require(
+            min(self.uplink_mbit_s, self.downlink_mbit_s) > 0 and self.latency_ms >= 0,
+            f"link speeds must be above 0 and latency at least 0, found {self}",
+        )
+
+
+@dataclass
+class PolicyConfig:
+    """What a node consents to.  It beats the run's config."""
+
+    sectors: list[str] = field(default_factory=lambda: ["*"])
+    """Names of the sectors it takes part in; "*" is any."""
+    least_privacy: Privacy = Privacy.none
+    max_examples: int | None = None
+    """At most this many of its rows may be trained on in a round."""
+
+
+@dataclass
+class NodeSpec:
+    """One node: who it is, which part of the data it owns, how it is connected, what it consents to."""
+
+    name: str = ""
+    organisation: str = ""
+    region: str = ""
+    part: int | None = None
+    """Index of its part of the sector's partition; None: its place in the list."""
+    data_path: str | None = None
+    """A file of its own, in the sector's format; then the whole file is its part."""
+    role: Role = Role.train
+    link: LinkConfig = field(default_factory=LinkConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+
+@dataclass
+class HeldOutConfig:
+    """Shares of the nodes that never train: whole nodes for validation and for test."""
+
+    validation: float = 0.0
+    test: float = 0.0
+
+
+@dataclass
+class NodesConfig:
+    """The federation: a list of nodes, or a count and one template."""
+
+    name: str = "pilot"
+    items: list[NodeSpec] = field(default_factory=list)
+    count: int = 0
+    template: NodeSpec = field(default_factory=NodeSpec)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+
+    def expand(self) -> list[NodeSpec]:
+        """Every node, with its part filled in, sorted by name.  `{index}` in a template's texts is the node's index."""
+        _require(bool(self.items) != bool(self.count), f"nodes={self.name} needs either `items` or a `count` above 0")
+        specs = self.items or [self._from_template(i) for i in range(self.count)]
+        specs = [dataclasses.replace(s, part=i if s.part is None else s.part) for i, s in enumerate(specs)]
+        names = [s.name for s in specs]
+        repeated = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
+        _require(all(names) and not repeated, f"nodes={self.name}: every node needs its own name; repeated: {repeated}")
+        return sorted(specs, key=lambda s: s.name)
+
+    def _from_template(self, index: int) -> NodeSpec:
+        # Held-out nodes are spread evenly over the indices, so they are a fair sample of an ordered partition.
+        position = (index * 0.6180339887498949) % 1.0
+        held = self.held_out
+        role = (
+            Role.test
+            if position < held.test
+            else Role.validation
+            if position < held.test + held.validation
+            else Role.train
+        )
+        t = self.template
+        texts = {k: getattr(t, k).format(index=index) for k in ("name", "organisation", "region")}
+        return dataclasses.replace(t, role=role, part=index, **texts)
+
+
+@dataclass
+class RuleConfig:
+    """An aggregation rule from the catalogue `strategies.rules`."""
+
+    name: str = "mean"
+    weighted: bool = False
+    """Weigh rows by the example counts the server holds in its registry; never by a count a node declares."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class PrivacyConfig:
+    name: Privacy = Privacy.none
+
+
+@dataclass
+class AttackConfig:
+    name: str = "none"
+
+
+@dataclass
+class EngineConfig:
+    """Where the two apps run."""
+
+    name: EngineName = EngineName.local
+    workers: int = 1
+    """local: processes that run nodes; 1 runs them in this process."""
+    address: str | None = None
+    """ray: an existing cluster's address; None starts one on this machine."""
+    cpus_per_node: float = 1.0
+    """ray: cores that one node's message occupies."""
+    gpus_per_node: float = 0.0
+
+
+@dataclass
+class SamplerConfig:
+    """Who is asked in a round."""
+
+    name: str = "all"
+    fraction: float = 1.0
+    min_nodes: int = 1
+
+    def __post_init__(self) -> None:
+        _require(0 < self.fraction <= 1, f"sampler.fraction is {self.fraction}; it must be above 0, at most 1")
+
+
+@dataclass
+class ServerOptimizerConfig:
+    """What the server does with the aggregate.  Reddi et al., ICLR 2021."""
+
+    name: str = "none"
+    lr: float = 1.0
+    momentum: float = 0.9
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+
+@dataclass
+class TrackingConfig:
+    """Where rounds and model versions are recorded."""
+
+    name: TrackingName = TrackingName.mlflow
+    uri: str | None = None
+    """An MLflow tracking URI; None: `mlflow.db` beside the run folders."""
+    experiment: str | None = None
+    every: int = 1
+    """Register every k-th round's model; the last and the best are always kept."""
+    max_node_runs: int = 64
+    """Above this many nodes, per-node values go to one JSON artifact a round instead of a child run each."""
+    close_timeout_s: float = 60.0
+    """How long the end of a run waits for records to be delivered; what is left stays spooled."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"tracking.every is {self.every}; it must be at least 1")
+
+
+@dataclass
+class ChecksConfig:
+    """Limits that a reply must keep."""
+
+    max_update_norm: float = 1000.0
+
+
+@dataclass
+class RunConfig:
+    """One federated run."""
+
+    sector: SectorConfig = field(default_factory=SectorConfig)
+    nodes: NodesConfig = field(default_factory=NodesConfig)
+    rule: RuleConfig = field(default_factory=RuleConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    checks: ChecksConfig = field(default_factory=ChecksConfig)
+    seed: int = 0
+    rounds: int = 10
+    num_byzantine: int = 0
+    device: str = "cpu"
+    data: DataSource = DataSource.real
+    min_replies: int = 1
+    round_timeout_s: float = 3600.0
+    baselines: bool = False
+    resume: str | None = None
+    run_name: str | None = None
+    runs_dir: str = "runs"
+
+    def __post_init__(self) -> None:
+        _require(self.rounds >= 1, f"rounds is {self.rounds}; it must be at least 1")
+        _require(self.num_byzantine >= 0, f"num_byzantine is {self.num_byzantine}; it must be at least 0")
+        _require(self.min_replies >= 1, f"min_replies is {self.min_replies}; it must be at least 1")
+        _require(self.round_timeout_s > 0, f"round_timeout_s is {self.round_timeout_s}; it must be above 0")
+
+
+@dataclass
+class NodeTask:
+    """The node config of a request: everything a node needs to know of the run, the same for all nodes."""
+
+    sector: str
+    options: dict[str, Any]
+    training: TrainingConfig
+    data: DataSource
+    privacy: Privacy
+    seed: int
+    device: str
+    num_parts: int
+    """Parts the sector's data are divided into, in simulation."""
+    holds_out: bool = False
+    """Validation and test rows are those of whole held-out nodes; the others hold training rows only."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> NodeTask:
+        specs = config.nodes.expand()
+        return cls(
+            sector=config.sector.name,
+            options=config.sector.options,
+            training=config.sector.training,
+            data=config.data,
+            privacy=config.privacy.name,
+            seed=config.seed,
+            device=config.device,
+            num_parts=len(specs),
+            holds_out=any(s.role is not Role.train for s in specs),
+        )
+
+
+# Fields that say where a run lives, not what it computes.
+_PLACE = ("engine", "tracking", "runs_dir", "run_name", "resume", "baselines", "rounds")
+
+
+def to_json(value: Any) -> Any:
+    """A schema value -> JSON values (enums by their value)."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): to_json(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(v) for v in value]
+    return value.value if isinstance(value, StrEnum) else value
+
+
+def from_json(cls: type[T], value: Any) -> T:
+    """Inverse of `to_json`: `from_json(cls, to_json(x)) == x`.  Unknown or missing keys raise ConfigError."""
+    import types
+    import typing
+
+    def build(kind: Any, v: Any) -> Any:
+        origin = typing.get_origin(kind)
+        if origin in (types.UnionType, typing.Union):
+            if v is None:
+                return None
+            return build(next(k for k in typing.get_args(kind) if k is not type(None)), v)
+        if origin is list:
+            return [build(typing.get_args(kind)[0], item) for item in v]
+        if dataclasses.is_dataclass(kind):
+            hints = typing.get_type_hints(kind)
+            _require(
+                isinstance(v, dict) and set(v) <= set(hints),
+                f"{getattr(kind, '__name__', kind)} does not have the keys of {v!r}",
+            )
+            return kind(**{k: build(hints[k], item) for k, item in v.items()})  # type: ignore[operator]
+        if isinstance(kind, type) and issubclass(kind, StrEnum):
+            return kind(v)
+        return float(v) if kind is float else v
+
+    try:
+        return typing.cast(T, build(cls, value))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"cannot read a {cls.__name__} from {value!r}: {error}") from error
+
+
+def config_digest(config: RunConfig) -> str:
+    """sha256 of what the run computes: where it runs, how long and where it is recorded do not change it."""
+    return canonical.digest({k: v for k, v in to_json(config).items() if k not in _PLACE})

@@ -1,0 +1,170 @@
+"""Train a federation on this machine.
+
+trellis simulate                                      the demo: real data, three nodes
+trellis simulate sector=banks nodes=consortium        choose config groups (folders of conf/)
+trellis simulate rounds=5 sector.training.lr=0.1      set values
+trellis simulate --multirun seed=0,1,2                one run a combination
+trellis simulate resume=RUN rounds=20                 continue a run, or lengthen it
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from trellis.types import RoundRecord, ServerState
+
+if TYPE_CHECKING:
+    from server.run import RunResult
+
+DEMO = ["experiment=demo"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra overrides: group=choice, key=value")
+    parser.add_argument("--multirun", "-m", action="store_true", help="run every combination of a=1,2 b=x,y")
+    parser.add_argument(
+        "--json", action="store_true", help="print the result as one JSON object (a list with --multirun)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from conf.load import sweep
+
+    given = arguments.overrides or DEMO
+    runs = sweep(given) if arguments.multirun else [given]
+    console = Console(stderr=True)
+    results = []
+    for index, overrides in enumerate(runs):
+        if len(runs) > 1:
+            console.print(f"[bold]run {index + 1} of {len(runs)}[/]: {' '.join(overrides)}")
+        results.append(_one(overrides, console))
+    if arguments.json:
+        values = [dataclasses.asdict(result) for result in results]
+        print(json.dumps(values if arguments.multirun else values[0]))
+    else:
+        _show(results)
+    return 0
+
+
+def _one(overrides: list[str], console: Console) -> RunResult:
+    from conf.load import load
+    from experiments.simulate import prepare, simulate
+
+    load(overrides)  # misuse is told before anything slow is imported
+    config, _ = prepare(overrides)
+    source = "SYNTHETIC rows" if config.data == "synthetic" else "real data"
+    title = f"{config.sector.name}: {len(config.nodes.expand())} nodes, {source}, engine {config.engine.name}"
+    console.print(title, highlight=False)
+    columns = (
+        TextColumn("round"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[metric]}"),
+        TextColumn("{task.fields[refusals]} refused"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
+        task = progress.add_task("", total=config.rounds, metric="", refusals=0)
+        refused = 0
+
+        def on_round(state: ServerState, record: RoundRecord) -> None:
+            nonlocal refused
+            refused += len(record.refusals)
+            best = f"best {state.best.value:.4f}" if state.best else ""
+            progress.update(task, completed=state.round, metric=_metric(record, best), refusals=refused)
+            if record.closed:
+                console.print(f"round {record.round} closed, the model stays: {record.closed}", highlight=False)
+
+        return simulate(overrides, on_round=on_round)
+
+
+def _metric(record: RoundRecord, best: str) -> str:
+    loss = record.base_metrics.get("val/loss")
+    return f"{best}  loss {loss:.4f}" if loss is not None else best
+
+
+def _show(results: list[RunResult]) -> None:
+    # A pipe has no width: nothing is cut there.
+    out = Console(file=sys.stdout) if sys.stdout.isatty() else Console(file=sys.stdout, width=200)
+    out.print(_table(results))
+    for r in results[-1:]:
+        _advise(r, out)
+
+
+def _table(results: list[RunResult]) -> Table:
+    """One line a run; a single run reads better as a column."""
+    table = Table(box=None, pad_edge=False)
+    cells = [_cells(r) for r in results]
+    if len(results) == 1:
+        table.show_header = False
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for heading, value in cells[0].items():
+            table.add_row(heading, value)
+        return table
+    for heading in cells[0]:
+        table.add_column(heading, overflow="fold")
+    for row in cells:
+        table.add_row(*row.values())
+    return table
+
+
+def _cells(r: RunResult) -> dict[str, str]:
+    metric, others = r.primary_metric, r.metrics
+    value = "-" if metric["value"] is None else f"{metric['value']:.4f}"
+    test = {k: v for k, v in others.items() if k.startswith("test/") and k != f"test/{metric['name']}"}
+    return {
+        "run": r.run_name,
+        "data": "SYNTHETIC" if r.data_source == "synthetic" else r.data_source,
+        "rounds": str(r.rounds),
+        f"{metric['split']} {metric['name']}": value,
+        "also": "  ".join(f"{k.removeprefix('test/')} {v:.4f}" for k, v in test.items()),
+        "best round": f"{r.best['round']} (validation {r.best['value']:.4f})" if r.best else "-",
+        "refused": str(len(r.refusals)),
+        "up, down": f"{_size(r.bytes_up)}, {_size(r.bytes_down)}",
+        "seconds": f"{r.seconds:.1f}",
+        "version": "-" if r.model_version is None else str(r.model_version),
+    }
+
+
+def _advise(r: RunResult, out: Console) -> None:
+    def line(text: str) -> None:
+        out.print(text, highlight=False, soft_wrap=True)
+
+    if r.baselines:
+        name = r.primary_metric["name"]
+        pooled = r.baselines["pooled"].get(name)
+        line(f"pooled baseline: test {name} {pooled:.4f}" if pooled is not None else "pooled baseline: no test rows")
+        for node, value in r.baselines.get("local_only", {}).get("nodes", {}).items():
+            line(
+                f"  {node} alone: " + (f"{value:.4f}" if value is not None else "cannot be scored on its own test rows")
+            )
+    line("")
+    line(f"model      {r.model_path}")
+    if r.model_version is not None:
+        line(f"registry   models:/{r.model_name}/{r.model_version}  in {r.tracking_uri}")
+    if r.records_pending:
+        line(f"{r.records_pending} records wait for the tracking server; send them with:  trellis sync {r.run_dir}")
+    line(f"digest     {r.model_digest}")
+    line("")
+    line("next:  trellis ui                                   the rounds, nodes and versions in MLflow")
+    line(f"       trellis compare {r.run_name}  RUN...")
+    line(f"       trellis simulate resume={r.run_name} rounds={r.rounds * 2}")
+    line("       trellis simulate sector=banks nodes=consortium")
+
+
+def _size(num_bytes: int) -> str:
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError

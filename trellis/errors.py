@@ -1,0 +1,62 @@
+"""Every error Trellis raises on purpose.
+
+    TrellisError
+    ├── ConfigError         the run cannot be composed (exit code 2)
+    ├── DataError           a file, a column or a split is not as it must be
+    │   └── MissingData     a data file is not where it was looked for
+    ├── WireError           a message does not follow the protocol
+    ├── CohortTooSmall      too few rows for the rule: the round closes, the model stays
+    ├── PolicyRefusal       this node does not consent to a request
+    ├── ResumeError         a run folder cannot be continued
+    └── TrackingError       the tracking server refused or could not be reached
+
+A message says what was found, what was needed and what to do.
+"""
+
+from __future__ import annotations
+
+
+class TrellisError(Exception):
+    """Base of all errors above."""
+
+
+class ConfigError(TrellisError):
+    """The run cannot be composed from this configuration."""
+
+
+class DataError(TrellisError):
+    """Data are unreadable or do not fit the sector's schema."""
+
+
+class MissingData(DataError):
+    """A data file does not exist."""
+
+
+class WireError(TrellisError):
+    """A message does not follow the protocol.  `code` is one of `types.REFUSALS`."""
+
+    def __init__(self, code: str, evidence: str) -> None:
+        super().__init__(f"{code}: {evidence}")
+        self.code = code
+        self.evidence = evidence
+
+
+class CohortTooSmall(TrellisError):
+    """Fewer rows arrived than the rule, or the quorum, needs."""
+
+
+class PolicyRefusal(TrellisError):
+    """The node's own policy forbids the request.  `code` is one of `types.POLICY_CODES`."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = reason
+
+
+class ResumeError(TrellisError):
+    """A run folder is missing, damaged, or of another configuration."""
+
+
+class TrackingError(TrellisError):
+    """A record could not be delivered to the tracking server."""

@@ -1,0 +1,303 @@
+"""The shared vocabulary: what travels between the rooms of the house.
+
+    Request -> (nodes) -> Update | Refusal -> Row -> Aggregated -> ServerState, RoundRecord
+
+Frozen values and function protocols only; no Flower, no Hydra, no MLflow.  Shapes are suffixes: n rows, d coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from trellis import canonical
+from trellis.vectors import Vector
+
+Purpose = Literal["train", "evaluate"]
+Counts = dict[str, npt.NDArray[np.generic]]
+
+PROTOCOL = 1
+"""Version of the messages between server and node."""
+
+REFUSALS = (
+    "unknown_node", "error_reply", "late", "duplicate", "wrong_request", "wrong_records", "wrong_keys", "wrong_shape",
+    "wrong_dtype", "not_finite", "norm", "num_examples", "metrics", "counts", "oversize", "undecodable",
+)  # fmt: skip
+"""Every reason for which the server turns a reply away.  A policy's refusal is listed under its own `policy.*` code."""
+
+POLICY_CODES = {
+    "policy.sector": 1001,
+    "policy.privacy": 1002,
+    "policy.max_examples": 1003,
+    "policy.protocol": 1004,
+    "policy.identity": 1005,
+}
+"""Reasons for which a node refuses a request, and the code of Flower's error reply that carries each."""
+
+
+class Role(StrEnum):
+    """What a node's rows are for.  Held-out nodes never train."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+class Privacy(StrEnum):
+    """Privacy modes; `protects` orders them."""
+
+    none = "none"
+    central_dp = "central_dp"
+    secagg = "secagg"
+    dp = "dp"
+    distributed_dp = "distributed_dp"
+    dp_secagg = "dp_secagg"
+
+    @property
+    def protects(self) -> frozenset[str]:
+        """What the mode guarantees to a node."""
+        return _PROTECTS[self]
+
+    def at_least(self, least: Privacy) -> bool:
+        """Whether every guarantee of `least` is among this mode's."""
+        return least.protects <= self.protects
+
+
+_PROTECTS = {
+    Privacy.none: frozenset[str](),
+    Privacy.central_dp: frozenset({"released_model"}),
+    Privacy.secagg: frozenset({"update_hidden"}),
+    Privacy.dp: frozenset({"released_model", "example_level"}),
+    Privacy.distributed_dp: frozenset({"released_model", "update_hidden"}),
+    Privacy.dp_secagg: frozenset({"released_model", "example_level", "update_hidden"}),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """A metric's name and which way is better."""
+
+    name: str
+    direction: Literal["max", "min"]
+
+    def better(self, a: float, b: float) -> bool:
+        return a > b if self.direction == "max" else a < b
+
+
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """What the server knows of a node.  A node is its `name`; `node_id` only addresses messages."""
+
+    name: str
+    node_id: int
+    organisation: str = ""
+    region: str = ""
+    role: Role = Role.train
+    availability: float = 1.0
+    public_key: str = ""
+    max_examples: int | None = None
+    status: str = "active"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a round asks, one value for all its members.
+
+    `config` is the whole node config (JSON values).  The digest is the key of every cache at a node, and what nodes
+    sign and derive masks from; so nothing about a single node is in it.  `run` survives resume.
+    """
+
+    run: str
+    round: int
+    purpose: Purpose
+    base: str
+    config: Mapping[str, Any]
+    members: tuple[str, ...]
+    splits: tuple[str, ...] = ("validation",)
+    """Which of its rows a node evaluates the base on."""
+    key_index: int | None = None
+
+    def encode(self) -> bytes:
+        return canonical.encode(
+            {
+                "protocol": PROTOCOL,
+                "run": self.run,
+                "round": self.round,
+                "purpose": self.purpose,
+                "base": self.base,
+                "config": self.config,
+                "members": list(self.members),
+                "splits": list(self.splits),
+                "key_index": self.key_index,
+                "reply": "delta",
+            }
+        )
+
+    @property
+    def digest(self) -> str:
+        return canonical.digest_of(self.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A reply turned away: whose, why (one of `REFUSALS` or `POLICY_CODES`), and what was seen."""
+
+    node: str
+    reason: str
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One node's checked reply.
+
+    `update_d` is None for an evaluation.  Metrics and counts are of the params it was sent.
+    """
+
+    node: str
+    update_d: Vector | None
+    num_examples: int
+    metrics: Mapping[str, float]
+    counts: Mapping[str, Counts] = field(default_factory=dict)
+    """Additive counts by split ("validation", "test")."""
+    size_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a rule sees: one node's update, or the mean of a group under secure aggregation."""
+
+    members: tuple[str, ...]
+    update_d: Vector
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """Everything an exchange brought back.  `updates_nd[i]` is `rows[i].update_d`; rows are sorted by members."""
+
+    updates_nd: npt.NDArray[np.float32]
+    rows: tuple[Row, ...]
+    updates: tuple[Update, ...]
+    """One a node that answered, without the vectors, sorted by name."""
+    refusals: tuple[Refusal, ...]
+    bytes_up: int
+    bytes_down: int
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregated:
+    """A rule's answer: the combined update, how much each row counted, and the rule's next state."""
+
+    update_d: npt.NDArray[np.floating]
+    weights_n: npt.NDArray[np.float64] | None = None
+    state: Mapping[str, npt.NDArray[np.generic]] | None = None
+
+
+Need = Literal["rng", "names", "weights", "state", "reference_d"]
+
+
+@dataclass(frozen=True, slots=True)
+class RuleSpec:
+    """A rule and what is known of it.
+
+    `fn(updates_nd, *, num_byzantine, **needs)` returns the (d,) aggregate or an `Aggregated`.  `min_rows(f)` is the
+    least number of rows with which f liars are survived, `kappa(n, f)` the robustness constant (None where none is
+    finite), `sensitivity(n)` the factor on the clip norm for central noise (None: no central noise with this rule).
+    """
+
+    name: str
+    fn: Callable[..., npt.NDArray[np.floating] | Aggregated]
+    min_rows: Callable[[int], int]
+    needs: tuple[Need, ...] = ()
+    tolerates: bool = True
+    """False: one liar moves the aggregate anywhere, so `num_byzantine` must be 0."""
+    kappa: Callable[[int, int], float] | None = None
+    sensitivity: Callable[[int], float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best version so far, by the primary metric on validation rows."""
+
+    round: int
+    digest: str
+    value: float
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """All that the server needs to resume: the state after `round` rounds, before the next."""
+
+    run: str
+    round: int
+    params: Mapping[str, npt.NDArray[np.generic]]
+    optimizer: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    rule: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    observers: Mapping[str, Any] = field(default_factory=dict)
+    accountants: Mapping[str, Any] = field(default_factory=dict)
+    best: Best | None = None
+    seed: int = 0
+    """Every draw of round r comes from `canonical.seed_for(seed, purpose, r)`: there is no generator state to keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundView:
+    """What an observer may look at, after aggregation."""
+
+    round: int
+    rows: tuple[Row, ...]
+    aggregated: Aggregated | None
+    refusals: tuple[Refusal, ...]
+    base: Mapping[str, npt.NDArray[np.generic]]
+
+
+Observer = Callable[[Any, RoundView], tuple[Any, Mapping[str, float]]]
+"""(state, view) -> (state, findings).  Never called inside a rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundRecord:
+    """One round, as it is recorded.  Metrics are those of the base: version `round - 1`, digest `base_digest`."""
+
+    run: str
+    round: int
+    purpose: Purpose
+    started_at: float
+    base_digest: str
+    digest: str
+    """Of the params after the round; equals `base_digest` when the round closed without a step."""
+    asked: tuple[str, ...]
+    answered: tuple[str, ...]
+    refusals: tuple[Refusal, ...]
+    closed: str | None = None
+    """Why no step was taken, or None."""
+    base_metrics: Mapping[str, float] = field(default_factory=dict)
+    node_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    num_examples: Mapping[str, int] = field(default_factory=dict)
+    update_norms: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    aggregate_norm: float = 0.0
+    epsilon: Mapping[str, float] = field(default_factory=dict)
+    findings: Mapping[str, float] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A gate's answer, with what it measured."""
+
+    gate: str
+    passed: bool
+    measured: float
+    limit: float
+    evidence: str
