@@ -1,0 +1,280 @@
+"""The contract of a task.
+
+A `Sector` is a frozen dataclass whose fields are the options of its YAML.  It says what the data are, what the model
+is, what a row's loss is and how predictions are counted.  The library owns the rest: loop, optimizer, shuffling,
+privacy.
+
+Data are *rows*: a dict of arrays of one leading length (a row may be a vector, an image, a window of cycles, a basket).
+Metrics are computed from *additive counts*: summed over nodes they give the federation's metric, exactly as if the rows
+had been scored in one place, and they are all that leaves a node under secure aggregation.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from sectors import files, partition
+from trellis import canonical
+from trellis.errors import ConfigError, DataError
+from trellis.types import Counts, MetricSpec, Role
+from trellis.vectors import TensorSpec
+
+Rows = dict[str, npt.NDArray[Any]]
+Batch = dict[str, Tensor]
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeData:
+    """One node's rows, split once.  A held-out node has rows in its own split only."""
+
+    train: Rows
+    validation: Rows
+    test: Rows
+
+    def split(self, name: str) -> Rows:
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Whose rows to load: part `part` of `num_parts` of the shared file, or all of a file of one's own."""
+
+    part: int
+    num_parts: int
+    role: Role = Role.train
+    path: Path | None = None
+    synthetic: bool = False
+    holds_out: bool = False
+    """Whether whole nodes of this federation are held out; then a training node trains on all its rows."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pooled:
+    """All rows of a source before they are divided, and the columns that only the division may look at.
+
+    A column in `keys` (an amount, a time, an engine, a patient) never reaches a model.
+    """
+
+    rows: Rows
+    keys: Rows
+
+
+def num_rows(rows: Rows) -> int:
+    """Length of the rows; 0 for none."""
+    return len(next(iter(rows.values()))) if rows else 0
+
+
+def take(rows: Rows, index: npt.NDArray[Any]) -> Rows:
+    """The rows at `index`, every column."""
+    return {k: v[index] for k, v in rows.items()}
+
+
+def concatenate(many: list[Rows]) -> Rows:
+    """Rows of several nodes, one after another."""
+    some = [rows for rows in many if num_rows(rows)]
+    return {k: np.concatenate([rows[k] for rows in some]) for k in some[0]} if some else {}
+
+
+@dataclass(frozen=True)
+class Sector(ABC):
+    """One task.  Subclasses are frozen dataclasses; `sectors.get(name, options)` builds them."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    """One line for `trellis sectors`."""
+    primary: ClassVar[MetricSpec]
+    """The metric that decides which version is best."""
+    metric_specs: ClassVar[tuple[MetricSpec, ...]]
+    """Every metric `metrics` returns besides `loss`, the primary one included."""
+    data_files: ClassVar[tuple[str, ...]] = ()
+    """Files under the data folder; empty when the data come with a package."""
+    server_data: ClassVar[str] = "none"
+    """Where the server's own rows come from: none, a path, or a fraction held out before the partition."""
+
+    validation_fraction: float = 0.2
+    test_fraction: float = 0.2
+    """Shares of a node's rows that it validates and tests on, unless whole nodes are held out."""
+    split_seed: int = 0
+    """Partition, split and generated rows follow this seed, never the run's: runs are compared on the same rows."""
+
+    def __post_init__(self) -> None:
+        shares = (self.validation_fraction, self.test_fraction)
+        if min(shares) < 0 or sum(shares) >= 1:
+            raise ConfigError(
+                f"sector {self.name}: validation_fraction and test_fraction are {shares}; "
+                "they must be at least 0 and leave rows to train on"
+            )
+
+    def load(self, place: Place) -> NodeData:
+        """This node's rows, split reproducibly.  Raises DataError, MissingData.
+
+        A training node divides its rows into train, validation and test, unless the federation holds out whole nodes;
+        a held-out node has all its rows in the split of its role.  Files are read and divided once a process.
+        """
+        source = _source(self, place)
+        divided = _divide(self, source, None if place.path else place.num_parts)
+        # A file of one's own is split alike wherever its node stands in the list.
+        part = 0 if place.path else place.part
+        if not 0 <= part < len(divided.parts):
+            raise DataError(f"sector {self.name}: there is no part {part} of {len(divided.parts)} parts")
+        index = divided.parts[part]
+        groups = None if divided.groups is None else divided.groups[index]
+        rows = take(_pool(self, source).rows, index)
+        if place.role is not Role.train or place.holds_out:
+            return _whole(rows, place.role)
+        seed = self.rng("split", "own" if place.path else part)
+        fractions = (self.validation_fraction, self.test_fraction)
+        return NodeData(
+            *(take(rows, i) for i in partition.stratified_split(self.labels(rows), fractions, seed, groups))
+        )
+
+    def rng(self, *purpose: int | str) -> np.random.Generator:
+        """A generator that depends on `split_seed`, the sector and the purpose only."""
+        return np.random.default_rng(canonical.seed_for(self.split_seed, self.name, *purpose))
+
+    def files(self) -> tuple[Path, ...]:
+        """The shared data files; none when the data come with a package.  Raises MissingData."""
+        return ()
+
+    @abstractmethod
+    def read(self, paths: tuple[Path, ...]) -> Any:
+        """The raw table of `files()`, or of a node's own file, with the published columns.  Raises DataError."""
+
+    @abstractmethod
+    def generate(self) -> Any:
+        """Generated rows with the columns of the raw table and something to learn, from `rng("synthetic")`."""
+
+    @abstractmethod
+    def pool(self, table: Any) -> Pooled:
+        """Every row of a raw table, repeats dropped, beside what `owners` and `groups` need to know of it."""
+
+    @abstractmethod
+    def owners(self, pooled: Pooled, num_parts: int) -> npt.NDArray[np.int64]:
+        """Which part owns each row.  -> (n,) in 0..num_parts-1.  Draws come from `rng("partition")`."""
+
+    def groups(self, pooled: Pooled) -> npt.NDArray[Any] | None:
+        """A group id of each row, (n,); rows of a group stay at one node and in one split.  None: rows are alone."""
+        return None
+
+    def labels(self, rows: Rows) -> npt.NDArray[Any]:
+        """What the split is stratified by, (n,): the label, or bins of a continuous one."""
+        return rows["y"]
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """A fresh model without hidden state; its initial params follow torch's seed."""
+
+    @abstractmethod
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Loss of each row.  -> (B,), never a mean."""
+
+    @abstractmethod
+    def counts(self, outputs: Tensor, batch: Batch) -> Counts:
+        """Additive counts of a batch, beside those the library keeps (`loss_sum`, `rows`)."""
+
+    @abstractmethod
+    def count_specs(self) -> tuple[TensorSpec, ...]:
+        """Name, shape and dtype of what `counts` returns: the server refuses a reply that has anything else."""
+
+    def all_counts(self) -> dict[str, TensorSpec]:
+        """`count_specs` and the library's own counts, by name."""
+        own = (TensorSpec("loss_sum", (), "float64"), TensorSpec("rows", (), "int64"))
+        return {spec.name: spec for spec in (*self.count_specs(), *own)}
+
+    @abstractmethod
+    def metrics(self, counts: Counts) -> dict[str, float]:
+        """Metrics from summed counts.  A metric that the counts cannot give (one class only) is left out."""
+
+    @abstractmethod
+    def features(self, table: Any) -> Rows:
+        """Rows of a raw table (a pandas DataFrame with the published columns) for prediction; labels may be missing."""
+
+    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's outputs for a batch."""
+        outputs: Tensor = model(batch["x"])
+        return outputs
+
+    def predict(self, outputs: Tensor) -> npt.NDArray[Any]:
+        """What a user of the model sees for a batch of outputs; here probabilities of a binary logit."""
+        return torch.sigmoid(outputs).detach().cpu().numpy()
+
+    def is_local(self, name: str) -> bool:
+        """Whether the tensor `name` stays at the node (never sent, never aggregated)."""
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What a pooled table is cached by: files and their stamps, or none for generated and packaged rows."""
+
+    paths: tuple[Path, ...]
+    stamps: tuple[tuple[int, int], ...]
+    synthetic: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Divided:
+    """Rows of each part, and the group of every row of the pooled table."""
+
+    parts: tuple[npt.NDArray[np.int64], ...]
+    groups: npt.NDArray[Any] | None
+
+
+def _source(sector: Sector, place: Place) -> _Source:
+    if place.path is not None:  # a file of one's own is never replaced by generated rows
+        return _Source((place.path,), (files.stamp(place.path),), synthetic=False)
+    if place.synthetic:
+        return _Source((), (), synthetic=True)
+    paths = sector.files()
+    return _Source(paths, tuple(files.stamp(p) for p in paths), synthetic=False)
+
+
+@lru_cache(maxsize=64)
+def _pool(sector: Sector, source: _Source) -> Pooled:
+    return sector.pool(sector.generate() if source.synthetic else sector.read(source.paths))
+
+
+@lru_cache(maxsize=64)
+def _divide(sector: Sector, source: _Source, num_parts: int | None) -> _Divided:
+    """`num_parts` parts; with None all rows are one part and `owners` is not asked."""
+    pooled = _pool(sector, source)
+    groups = sector.groups(pooled)
+    if num_parts is None:
+        return _Divided((np.arange(num_rows(pooled.rows)),), groups)
+    owners = sector.owners(pooled, num_parts)
+    if groups is not None:
+        owners = partition.together(owners, groups)
+    return _Divided(partition.parts_of(owners, num_parts), groups)
+
+
+def _whole(rows: Rows, role: Role) -> NodeData:
+    none = take(rows, np.arange(0))
+    return NodeData(**{name: rows if name == role.value else none for name in SPLITS})
+
+
+def to_batch(rows: Rows, index: npt.NDArray[Any] | slice, device: torch.device) -> Batch:
+    """Columns of some rows as tensors.  float64 becomes float32; other dtypes are kept."""
+    return {
+        k: torch.as_tensor(v[index].astype(np.float32) if v.dtype == np.float64 else v[index], device=device)
+        for k, v in rows.items()
+    }
+
+
+def add_counts(totals: Counts, more: Mapping[str, npt.NDArray[Any]]) -> Counts:
+    """Sum of two sets of counts; a key missing on one side counts as zero."""
+    return {
+        k: totals[k] + more[k] if k in totals and k in more else (totals[k] if k in totals else more[k])
+        for k in sorted({*totals, *more})
+    }

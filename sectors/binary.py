@@ -1,0 +1,72 @@
+"""Two classes, one logit: the loss, the counts and the network that such tasks share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sectors import metrics
+from sectors.base import Batch, Sector
+from trellis.types import Counts
+from trellis.vectors import TensorSpec
+
+
+class Squeeze(nn.Module):
+    """(B, 1) -> (B,)"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.squeeze(-1)
+
+
+def mlp(num_features: int, hidden: tuple[int, ...]) -> nn.Sequential:
+    """Linear layers with tanh between them, ending in one logit.  (B, num_features) -> (B,)
+
+    tanh, not ReLU: an outlier moves a bounded activation little, so one row cannot throw a small node's update.
+    """
+    layers: list[nn.Module] = []
+    width = num_features
+    for next_width in hidden:
+        layers += [nn.Linear(width, next_width), nn.Tanh()]
+        width = next_width
+    return nn.Sequential(*layers, nn.Linear(width, 1), Squeeze())
+
+
+@dataclass(frozen=True)
+class Binary(Sector):
+    """A sector whose outputs are (B,) logits of the positive class and whose rows have `y`, 0 or 1."""
+
+    num_strata: ClassVar[int] = 1
+    """Strata of the negatives that `counts` keeps apart; above 1, rows have `stratum`."""
+
+    def losses(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Cross entropy of each row.  -> (B,)"""
+        target = batch["y"].to(outputs.dtype)
+        return torch.nn.functional.binary_cross_entropy_with_logits(outputs, target, reduction="none")
+
+    def counts(self, outputs: Tensor, batch: Batch) -> Counts:
+        """Histograms of the logits: positives, and negatives by stratum."""
+        strata = batch["stratum"].cpu().numpy() if self.num_strata > 1 else None
+        logits, labels = outputs.detach().cpu().numpy(), batch["y"].cpu().numpy()
+        return metrics.score_counts(logits, labels, strata, self.num_strata)
+
+    def count_specs(self) -> tuple[TensorSpec, ...]:
+        """One histogram of the positives, one of the negatives a stratum."""
+        return (
+            TensorSpec("positives", (metrics.NUM_BINS,), "int64"),
+            TensorSpec("negatives", (self.num_strata, metrics.NUM_BINS), "int64"),
+        )
+
+    def metrics(self, counts: Counts) -> dict[str, float]:
+        """AUC, average precision and accuracy, as far as the counts give them."""
+        if not counts:
+            return {}
+        pos, neg = counts["positives"], counts["negatives"].sum(axis=0)
+        found = {
+            "auc": metrics.auc_from_counts(pos, neg),
+            "ap": metrics.average_precision_from_counts(pos, neg),
+            "accuracy": metrics.accuracy_from_counts(pos, neg),
+        }
+        return {k: v for k, v in found.items() if v is not None}
