@@ -1,0 +1,231 @@
+"""An exchange owns all messages of a round: `collect(request, cohort, ask) -> Collected`.
+
+`PlainExchange` sends one message a node and sees every update.  Past the exchange nobody asks how rows were collected.
+`ask` is the one door to Flower's Grid: it polls, drops duplicates, and ends at the deadline.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from strategies import checks
+from trellis import wire
+from trellis.errors import WireError
+from trellis.types import POLICY_CODES, Collected, NodeInfo, Refusal, Request, Row, Update
+from trellis.vectors import Arrays, Layout, TensorSpec, Vector
+
+_POLICY_REASONS = {code: reason for reason, code in POLICY_CODES.items()}
+
+
+class Clock(Protocol):
+    """Time as the run sees it: the machine's in deployment, virtual in simulation."""
+
+    def now(self) -> float: ...
+
+    def sleep(self, seconds: float) -> None: ...
+
+
+class WallClock:
+    """The machine's monotonic clock."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class StoppedClock:
+    """Simulation on Ray: no deadline ever passes, so a busy machine changes no result."""
+
+    def now(self) -> float:
+        return 0.0
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+Ask = Callable[[Sequence[Message], float], Iterator[Message]]
+"""(messages, timeout in seconds) -> replies as they arrive, at most one a message, none after the deadline."""
+
+
+def door(grid: Grid, clock: Clock, *, poll_s: float = 0.05) -> Ask:
+    """`ask` over a Grid.  Messages get their ids here; a reply whose message was answered already is dropped."""
+
+    def ask(messages: Sequence[Message], timeout_s: float) -> Iterator[Message]:
+        deadline = clock.now() + timeout_s
+        outstanding = set(grid.push_messages(messages))
+        while outstanding and clock.now() < deadline:
+            arrived = list(grid.pull_messages(sorted(outstanding)))
+            for reply in arrived:
+                if reply.metadata.reply_to_message_id in outstanding:
+                    outstanding.discard(reply.metadata.reply_to_message_id)
+                    yield reply
+            if not arrived:
+                clock.sleep(min(poll_s, max(deadline - clock.now(), 0.0)))
+
+    return ask
+
+
+class Exchange(Protocol):
+    """All messages of a round."""
+
+    def collect(self, request: Request, cohort: Sequence[NodeInfo], ask: Ask, *, base: Arrays) -> Collected: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlainExchange:
+    """One message a node, in clear.
+
+    `native` nodes run our ClientApp: they receive the request and reply a delta, `counts` and `metrics`.  Anyone else's
+    app receives `arrays` and `config` by Flower's convention and replies params.
+    """
+
+    native: bool = True
+    timeout_s: float = 3600.0
+    max_update_norm: float = 1000.0
+    max_examples: int = 100_000_000
+    """Cap on the examples declared by nodes that registered no number."""
+    counts: Mapping[str, TensorSpec] | None = None
+    metrics: frozenset[str] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    def collect(self, request: Request, cohort: Sequence[NodeInfo], ask: Ask, *, base: Arrays) -> Collected:
+        """Ask the cohort, check every reply, lay the good updates out as rows sorted by name."""
+        cohort = sorted(cohort, key=lambda node: node.name)
+        started = time.perf_counter()
+        messages = self.messages(request, cohort, wire.to_record(base))
+        replies = ask(messages, self.timeout_s)
+        collected = self.read(request, cohort, replies, base=base)
+        down = wire.size_bytes(messages[0].content) * len(messages) if messages else 0
+        return replace(collected, bytes_down=down, seconds={"exchange": time.perf_counter() - started})
+
+    def messages(self, request: Request, cohort: Sequence[NodeInfo], arrays: ArrayRecord) -> list[Message]:
+        """One message a node, all with the same content."""
+        if self.native:
+            content = wire.request_content(arrays, request)
+        else:
+            config = ConfigRecord({**self.config, wire.ROUND: request.round})
+            content = RecordDict({wire.ARRAYS: arrays, wire.CONFIG: config})
+        kind = MessageType.TRAIN if request.purpose == "train" else MessageType.EVALUATE
+        return [Message(content=content, message_type=kind, dst_node_id=node.node_id) for node in cohort]
+
+    def expected(self, request: Request, base: Arrays) -> checks.Expected:
+        """What a reply to `request` must look like."""
+        return checks.Expected(
+            layout=Layout.of(base),
+            base=base,
+            trains=request.purpose == "train",
+            request=request.digest if self.native else None,
+            counts=self.counts if self.native else None,
+            splits=request.splits,
+            metrics=self.metrics if self.native else None,
+        )
+
+    def read(
+        self, request: Request, cohort: Sequence[NodeInfo], replies: Iterable[Message], *, base: Arrays
+    ) -> Collected:
+        """Replies, in any order, -> rows, updates and refusals.  `cohort` is sorted by name."""
+        expected = self.expected(request, base)
+        ledger = _Ledger(cohort, expected, self._checks(cohort))
+        for reply in replies:
+            ledger.enter(reply)
+        return ledger.collected()
+
+    def _checks(self, cohort: Sequence[NodeInfo]) -> tuple[checks.Check, ...]:
+        nodes = {node.name: node for node in cohort}
+        return (
+            checks.finite,
+            checks.norm_within(self.max_update_norm),
+            checks.examples_within(nodes, default=self.max_examples),
+        )
+
+
+class _Ledger:
+    """The open books of one exchange: who replied, and the matrix their vectors go into as they arrive."""
+
+    def __init__(
+        self, cohort: Sequence[NodeInfo], expected: checks.Expected, update_checks: tuple[checks.Check, ...]
+    ) -> None:
+        self._cohort, self._expected, self._checks = cohort, expected, update_checks
+        self._index = {node.node_id: i for i, node in enumerate(cohort)}
+        self._rows_nd = np.empty((len(cohort) if expected.trains else 0, expected.layout.dim), np.float32)
+        self._updates: dict[int, Update] = {}
+        self._refusals: dict[int, Refusal] = {}
+        self._strays: list[Refusal] = []
+        self._bytes_up = 0
+
+    def enter(self, reply: Message) -> None:
+        """One reply: an update or a refusal of its sender, never an exception."""
+        i = self._index.get(reply.metadata.src_node_id)
+        if i is None:
+            evidence = "a reply from a node that was not asked"
+            self._strays.append(Refusal(f"id {reply.metadata.src_node_id}", "unknown_node", evidence))
+        elif i in self._updates or i in self._refusals:
+            evidence = "a second reply to one message; the first counts"
+            self._strays.append(Refusal(self._cohort[i].name, "duplicate", evidence))
+        else:
+            self._bytes_up += wire.size_bytes(reply.content) if reply.has_content() else 0
+            out = self._rows_nd[i] if self._expected.trains else None
+            result = _read_reply(self._cohort[i].name, reply, self._expected, self._checks, out)
+            if isinstance(result, Refusal):
+                self._refusals[i] = result
+            else:
+                # The vector lives in its row only.
+                self._updates[i] = replace(result, update_d=None)
+
+    def collected(self) -> Collected:
+        """Close the books: who did not reply is late; good rows move together."""
+        for i, node in enumerate(self._cohort):
+            if i not in self._updates and i not in self._refusals:
+                self._refusals[i] = Refusal(node.name, "late", "no reply before the deadline")
+        good = sorted(self._updates)
+        updates_nd = _compact(self._rows_nd, good) if self._expected.trains else self._rows_nd
+        rows = [
+            Row((self._cohort[i].name,), update_d, weight=float(self._cohort[i].max_examples or 1))
+            for i, update_d in zip(good, updates_nd, strict=False)
+        ]
+        return Collected(
+            updates_nd=updates_nd,
+            rows=tuple(rows),
+            updates=tuple(self._updates[i] for i in good),
+            refusals=(*(self._refusals[i] for i in sorted(self._refusals)), *self._strays),
+            bytes_up=self._bytes_up,
+            bytes_down=0,
+            seconds={},
+        )
+
+
+def _read_reply(
+    node: str,
+    reply: Message,
+    expected: checks.Expected,
+    update_checks: tuple[checks.Check, ...],
+    out: Vector | None,
+) -> Update | Refusal:
+    if reply.has_error():
+        code, reason = reply.error.code, str(reply.error.reason)[:300]
+        return Refusal(node, _POLICY_REASONS.get(code, "error_reply"), reason)
+    try:
+        update = checks.read_update(node, reply.content, expected, out=out)
+    except WireError as error:
+        return Refusal(node, error.code, error.evidence)
+    except Exception as error:  # a stranger's reply must never end the round, whatever it breaks
+        return Refusal(node, "undecodable", f"{type(error).__name__}: {str(error)[:200]}")
+    return next((r for r in (check(update) for check in update_checks) if r is not None), update)
+
+
+def _compact(rows_nd: npt.NDArray[np.float32], good: list[int]) -> npt.NDArray[np.float32]:
+    """The good rows, moved to the front in place: no second matrix."""
+    for k, i in enumerate(good):
+        if k != i:
+            rows_nd[k] = rows_nd[i]
+    return rows_nd[: len(good)]

@@ -1,0 +1,318 @@
+"""The one Strategy: a round, from who is asked to what is recorded.
+
+    sampler -> exchange (ask, check) -> pre-aggregators -> rule -> server optimizer -> observers -> record
+
+`RoundStrategy` is a real `flwr.serverapp.strategy.Strategy`: Flower's own loop can drive it (`configure_train`,
+`aggregate_train`) and it aggregates anyone's ClientApp.  `start` is ours: one message a node and round, resume, rounds
+that close without a step.  A bad reply costs its sender the round; too few left close the round and the model stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from logging import INFO
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.common import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from strategies import records, rules, samplers, server_optimizers
+from strategies.exchange import Ask, Clock, Exchange, PlainExchange, WallClock, door
+from trellis import canonical, wire
+from trellis.errors import CohortTooSmall, ConfigError
+from trellis.types import (
+    Aggregated,
+    Collected,
+    NodeInfo,
+    Observer,
+    Request,
+    Role,
+    RoundRecord,
+    RoundView,
+    RuleSpec,
+    ServerState,
+    Update,
+)
+from trellis.vectors import Layout, digest, norm
+
+PreAggregator = Callable[..., npt.NDArray[np.float32]]
+Commit = Callable[[ServerState, RoundRecord], None]
+"""Called once a round, with the state after it: what makes the round durable."""
+
+
+@dataclass(slots=True)
+class RoundStrategy(Strategy):
+    """A configured round.  Everything is a value or a pure function; state lives in `ServerState`."""
+
+    rule: RuleSpec = field(default_factory=lambda: rules.get("mean"))
+    rule_options: Mapping[str, Any] = field(default_factory=dict)
+    num_byzantine: int = 0
+    weighted: bool = False
+    """Rows weigh what the registry holds for their nodes; else all the same."""
+    sampler: samplers.Sampler = samplers.everyone
+    exchange: Exchange = field(default_factory=lambda: PlainExchange(native=False))
+    preaggregators: Sequence[PreAggregator] = ()
+    server_optimizer: server_optimizers.ServerOptimizer = field(default_factory=server_optimizers.plain)
+    observers: Mapping[str, Observer] = field(default_factory=dict)
+    scoring: records.Scoring | None = None
+    min_replies: int = 1
+    node_config: Mapping[str, Any] = field(default_factory=dict)
+    clock: Clock = field(default_factory=WallClock)
+    now: Callable[[], float] = time.time
+    """Wall-clock time, for the records only."""
+    commit: Commit | None = None
+    _open: tuple[Request, list[NodeInfo], ServerState] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.num_byzantine and not self.rule.tolerates:
+            raise ConfigError(
+                f"rule={self.rule.name} tolerates no liar, but num_byzantine={self.num_byzantine}: "
+                "choose a robust rule or set num_byzantine=0"
+            )
+
+    # ------------------------------------------------------------ our loop
+
+    def run(self, grid: Grid, state: ServerState, nodes: Sequence[NodeInfo], *, rounds: int) -> ServerState:
+        """Train from `state` up to round `rounds`, then evaluate the last version once.  -> the last state."""
+        ask = door(grid, self.clock)
+        while state.round < rounds:
+            state, record = self.round(state, nodes, ask)
+            self._commit(state, record)
+        state, record = self.close(state, nodes, ask)
+        self._commit(state, record)
+        return state
+
+    def round(self, state: ServerState, nodes: Sequence[NodeInfo], ask: Ask) -> tuple[ServerState, RoundRecord]:
+        """One round.  Version `state.round` is sent and measured, version `state.round + 1` comes out."""
+        started_at, started = self.now(), time.perf_counter()
+        trainers = [n for n in nodes if n.role is Role.train]
+        judges = [n for n in nodes if n.role is Role.validation]
+        cohort = self.sampler(self._rng(state, "cohort"), trainers)
+        request = self.request(state, cohort)
+        collected = self.exchange.collect(request, cohort, ask, base=state.params)
+        judged = self._judge(state, judges, ask, splits=("validation",)) if judges else None
+
+        stepped = time.perf_counter()
+        after, aggregated, closed = self._step(state, collected)
+        after, findings = self._observe(after, state, collected, aggregated)
+        record = records.record(request, state, after, cohort, collected, judged, self.scoring, started_at)
+        after = replace(after, best=records.best(self.scoring, state, record))
+        seconds = {
+            **collected.seconds,
+            "evaluation": sum(judged.seconds.values()) if judged else 0.0,
+            "aggregation": time.perf_counter() - stepped,
+            "total": time.perf_counter() - started,
+        }
+        return after, replace(
+            record,
+            closed=closed,
+            aggregate_norm=norm(aggregated.update_d) if aggregated else 0.0,
+            weights=records.weights(collected, aggregated),
+            findings=findings,
+            seconds=seconds,
+        )
+
+    def close(self, state: ServerState, nodes: Sequence[NodeInfo], ask: Ask) -> tuple[ServerState, RoundRecord]:
+        """The closing evaluation: the last version on validation and test rows.  The model does not move."""
+        started_at = self.now()
+        held_out = [n for n in nodes if n.role is not Role.train]
+        cohort = sorted(held_out or nodes, key=lambda n: n.name)
+        judged = self._judge(state, cohort, ask, splits=("validation", "test"))
+        request = self.request(state, cohort, purpose="evaluate", splits=("validation", "test"))
+        record = records.record(request, state, state, cohort, judged, None, self.scoring, started_at)
+        record = replace(record, seconds={**judged.seconds, "total": sum(judged.seconds.values())})
+        return replace(state, best=records.best(self.scoring, state, record)), record
+
+    def request(
+        self,
+        state: ServerState,
+        cohort: Sequence[NodeInfo],
+        *,
+        purpose: str = "train",
+        splits: tuple[str, ...] = ("validation",),
+    ) -> Request:
+        """What the next round asks of its members."""
+        return Request(
+            run=state.run,
+            round=state.round + 1,
+            purpose="train" if purpose == "train" else "evaluate",
+            base=digest(state.params),
+            config=self.node_config,
+            members=tuple(n.name for n in cohort),
+            splits=splits,
+        )
+
+    def _judge(self, state: ServerState, cohort: Sequence[NodeInfo], ask: Ask, *, splits: tuple[str, ...]) -> Collected:
+        request = self.request(state, cohort, purpose="evaluate", splits=splits)
+        return self.exchange.collect(request, cohort, ask, base=state.params)
+
+    def _step(self, state: ServerState, collected: Collected) -> tuple[ServerState, Aggregated | None, str | None]:
+        """The model's move, or the reason why there is none."""
+        try:
+            aggregated = self.aggregate(state, collected)
+        except CohortTooSmall as error:
+            return replace(state, round=state.round + 1), None, str(error)
+        optimizer, step_d = self.server_optimizer(state.optimizer, aggregated.update_d)
+        params = Layout.of(state.params).apply(state.params, step_d)
+        if not all(np.isfinite(a).all() for a in params.values() if np.issubdtype(a.dtype, np.floating)):
+            return replace(state, round=state.round + 1), aggregated, "the step would make params NaN or infinite"
+        after = replace(state, round=state.round + 1, params=params, optimizer=optimizer)
+        return (replace(after, rule=aggregated.state) if aggregated.state is not None else after), aggregated, None
+
+    def aggregate(self, state: ServerState, collected: Collected) -> Aggregated:
+        """Rows -> one update.  Raises CohortTooSmall when quorum or rule need more rows."""
+        found, needed = len(collected.rows), max(self.min_replies, self.rule.min_rows(self.num_byzantine))
+        if found < needed:
+            raise CohortTooSmall(
+                f"{found} good replies, {needed} are needed (min_replies={self.min_replies}, "
+                f"rule={self.rule.name} with num_byzantine={self.num_byzantine})"
+            )
+        offers: dict[str, Callable[[], Any]] = {
+            "rng": lambda: self._rng(state, "rule"),
+            "names": lambda: [row.members for row in collected.rows],
+            "weights": lambda: np.array([row.weight for row in collected.rows]) if self.weighted else None,
+            "state": lambda: state.rule,
+        }
+        missing = [need for need in self.rule.needs if need not in offers]
+        if missing:
+            raise ConfigError(f"rule={self.rule.name} needs {missing}, which this run does not have")
+        updates_nd = collected.updates_nd
+        for preaggregate in self.preaggregators:
+            updates_nd = preaggregate(updates_nd, num_byzantine=self.num_byzantine)
+        needs = {need: offers[need]() for need in self.rule.needs}
+        result = self.rule.fn(updates_nd, num_byzantine=self.num_byzantine, **needs, **self.rule_options)
+        return result if isinstance(result, Aggregated) else Aggregated(result)
+
+    def _observe(
+        self, after: ServerState, before: ServerState, collected: Collected, aggregated: Aggregated | None
+    ) -> tuple[ServerState, dict[str, float]]:
+        view = RoundView(after.round, collected.rows, aggregated, collected.refusals, before.params)
+        states, findings = dict(after.observers), dict[str, float]()
+        for name, observe in self.observers.items():
+            states[name], found = observe(states.get(name), view)
+            findings.update({f"{name}/{key}": value for key, value in found.items()})
+        return replace(after, observers=states), findings
+
+    def _rng(self, state: ServerState, purpose: str) -> np.random.Generator:
+        return np.random.default_rng(canonical.seed_for(state.seed, purpose, state.round + 1))
+
+    def _commit(self, state: ServerState, record: RoundRecord) -> None:
+        if self.commit is not None:
+            self.commit(state, record)
+
+    # ------------------------------------------------------------ Flower's Strategy
+
+    def summary(self) -> None:
+        """One line of log."""
+        log(INFO, "RoundStrategy: rule %s, num_byzantine %d", self.rule.name, self.num_byzantine)
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Flower's entry point, for anyone's ClientApp: `strategy.start(grid, initial_arrays, num_rounds)`.
+
+        Metrics of a round's replies are averaged over nodes, unweighted, where every node reports them.
+        """
+        exchange = self.exchange
+        if isinstance(exchange, PlainExchange):
+            exchange = replace(exchange, timeout_s=timeout, config=_merged(exchange, train_config))
+        strategy = replace(self, exchange=exchange)
+        state = ServerState(run="flower", round=0, params=wire.from_record(initial_arrays))
+        result = Result()
+        ask = door(grid, self.clock)
+        if evaluate_fn and (first := evaluate_fn(0, initial_arrays)) is not None:
+            result.evaluate_metrics_serverapp[0] = first
+        while state.round < num_rounds:
+            state, record = strategy.round(state, self._connected(grid), ask)
+            strategy._commit(state, record)
+            for refusal in record.refusals:
+                log(INFO, "round %d: refused %s: %s, %s", state.round, refusal.node, refusal.reason, refusal.evidence)
+            result.arrays = wire.to_record(state.params)
+            result.train_metrics_clientapp[state.round] = _metric_record(record.base_metrics)
+            if evaluate_fn and (found := evaluate_fn(state.round, result.arrays)) is not None:
+                result.evaluate_metrics_serverapp[state.round] = found
+        return result
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """A round's messages, for Flower's own loop."""
+        exchange = replace(self._plain(), config=_merged(self._plain(), config))
+        state = ServerState(run="flower", round=server_round - 1, params=wire.from_record(arrays))
+        if self._open is not None:  # the optimizer's and the rule's memory live on from round to round
+            state = replace(self._open[2], round=server_round - 1, params=state.params)
+        cohort = self.sampler(self._rng(state, "cohort"), self._connected(grid))
+        request = self.request(state, cohort)
+        self._open = (request, cohort, state)
+        return exchange.messages(request, cohort, arrays)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check, aggregate, step.  (None, None) when the round closes: Flower keeps its arrays."""
+        if self._open is None or self._open[0].round != server_round:
+            raise ConfigError(f"aggregate_train({server_round}) came before configure_train({server_round})")
+        request, cohort, state = self._open
+        collected = self._plain().read(request, cohort, replies, base=state.params)
+        for refusal in collected.refusals:
+            log(INFO, "refused %s: %s, %s", refusal.node, refusal.reason, refusal.evidence)
+        after, _, closed = self._step(state, collected)
+        self._open = (request, cohort, after)
+        if closed:
+            log(INFO, "round %d closed, the model stays: %s", server_round, closed)
+            return None, None
+        return wire.to_record(after.params), _metric_record(records.mean_metrics(collected.updates))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Evaluation messages for Flower's own loop; `run` needs none, its evaluation rides on training."""
+        exchange = replace(self._plain(), config=_merged(self._plain(), config))
+        nodes = self._connected(grid)
+        base = wire.from_record(arrays)
+        state = ServerState(run="flower", round=server_round - 1, params=base)
+        messages = exchange.messages(self.request(state, nodes, purpose="evaluate"), nodes, arrays)
+        assert all(m.metadata.message_type == MessageType.EVALUATE for m in messages)
+        return messages
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Unweighted mean over nodes of every metric that is finite and reported by all."""
+        good = [r.content for r in replies if r.has_content() and len(r.content.metric_records) == 1]
+        many = [dict(next(iter(c.metric_records.values()))) for c in good]
+        updates = [Update("", None, 0, records.finite_scalars(metrics)) for metrics in many]
+        means = records.mean_metrics(updates)
+        means.pop(wire.NUM_EXAMPLES, None)
+        return _metric_record(means) if updates else None
+
+    def _plain(self) -> PlainExchange:
+        if not isinstance(self.exchange, PlainExchange):
+            raise ConfigError("Flower's own loop sends one message a round; call `start` for this exchange")
+        return self.exchange
+
+    def _connected(self, grid: Grid) -> list[NodeInfo]:
+        """Nodes by id, for apps without names; waits until enough are connected for a round to succeed."""
+        needed = max(self.min_replies, self.rule.min_rows(self.num_byzantine))
+        while len(ids := sorted(grid.get_node_ids())) < needed:
+            self.clock.sleep(0.5)
+        return [NodeInfo(f"{node_id:020d}", node_id) for node_id in ids]
+
+
+def _merged(exchange: PlainExchange, config: ConfigRecord | None) -> dict[str, Any]:
+    return {**exchange.config, **dict(config or {})}
+
+
+def _metric_record(metrics: Mapping[str, float]) -> MetricRecord:
+    return MetricRecord({**metrics})

@@ -1,0 +1,110 @@
+"""What is written down of a round: replies -> metrics of the base -> `RoundRecord`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trellis.types import (
+    Aggregated,
+    Best,
+    Collected,
+    Counts,
+    MetricSpec,
+    NodeInfo,
+    Request,
+    RoundRecord,
+    ServerState,
+    Update,
+)
+from trellis.vectors import digest, norm
+
+SPLIT_PREFIX = {"validation": "val", "test": "test"}
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How additive counts become metrics, and which of them decides."""
+
+    metrics: Callable[[Counts], Mapping[str, float]]
+    primary: MetricSpec
+
+
+def record(
+    request: Request,
+    before: ServerState,
+    after: ServerState,
+    cohort: Sequence[NodeInfo],
+    collected: Collected,
+    judged: Collected | None,
+    scoring: Scoring | None,
+    started_at: float,
+) -> RoundRecord:
+    """The round's record, but for what aggregation adds.  `judged` is what held-out nodes replied."""
+    updates = (*collected.updates, *(judged.updates if judged else ()))
+    refusals = (*collected.refusals, *(judged.refusals if judged else ()))
+    asked = (
+        {n.name for n in cohort} | {u.node for u in updates} | {r.node for r in refusals if r.reason != "unknown_node"}
+    )
+    return RoundRecord(
+        run=before.run,
+        round=request.round,
+        purpose=request.purpose,
+        started_at=started_at,
+        base_digest=request.base,
+        digest=digest(after.params),
+        asked=tuple(sorted(asked)),
+        answered=tuple(sorted(u.node for u in updates)),
+        refusals=refusals,
+        base_metrics={**mean_metrics(collected.updates), **score(scoring, updates)},
+        node_metrics={u.node: {**u.metrics, **score(scoring, [u])} for u in updates},
+        num_examples={u.node: u.num_examples for u in updates},
+        update_norms={row.members[0]: norm(row.update_d) for row in collected.rows if len(row.members) == 1},
+        bytes_up=collected.bytes_up + (judged.bytes_up if judged else 0),
+        bytes_down=collected.bytes_down + (judged.bytes_down if judged else 0),
+    )
+
+
+def score(scoring: Scoring | None, updates: Sequence[Update]) -> dict[str, float]:
+    """Metrics of the base from the sum of the nodes' counts: exact over all their rows."""
+    if scoring is None:
+        return {}
+    scores: dict[str, float] = {}
+    for split, prefix in SPLIT_PREFIX.items():
+        many = [u.counts[split] for u in updates if split in u.counts]
+        if many and sum(int(c["rows"]) for c in many):
+            totals = {k: sum((c[k] for c in many[1:]), start=many[0][k]) for k in many[0]}
+            scores.update({f"{prefix}/{k}": v for k, v in scoring.metrics(totals).items()})
+    return scores
+
+
+def best(scoring: Scoring | None, state: ServerState, found: RoundRecord) -> Best | None:
+    """The base of this round may be the best version so far: by validation rows, never by training loss."""
+    if scoring is None:
+        return state.best
+    value = found.base_metrics.get(f"val/{scoring.primary.name}")
+    if value is None or (state.best and not scoring.primary.better(value, state.best.value)):
+        return state.best
+    return Best(found.round - 1, found.base_digest, value)
+
+
+def weights(collected: Collected, aggregated: Aggregated | None) -> dict[str, float]:
+    """How much each row counted, by its members' names."""
+    if aggregated is None or aggregated.weights_n is None or len(aggregated.weights_n) != len(collected.rows):
+        return {}
+    pairs = zip(collected.rows, aggregated.weights_n, strict=True)
+    return {"+".join(row.members): float(w) for row, w in pairs}
+
+
+def mean_metrics(updates: Sequence[Update]) -> dict[str, float]:
+    """Unweighted mean of each metric that every update has."""
+    shared = set.intersection(*(set(u.metrics) for u in updates)) if updates else set[str]()
+    return {k: float(np.mean([u.metrics[k] for u in updates])) for k in sorted(shared)}
+
+
+def finite_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The entries that are finite numbers."""
+    return {k: float(v) for k, v in metrics.items() if isinstance(v, int | float) and np.isfinite(v)}
