@@ -1,0 +1,85 @@
+"""Who this node is, from its own side.
+
+A site describes its node in a file of its own (`node-file` in the SuperNode's node config), and no message changes
+that. A simulated node has no site: it is told who it is once, by an enrolment message, and keeps it in
+`Context.state`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Context
+
+from conf.schema import NodesConfig, NodeSpec, from_json, to_json
+from trellis import canonical
+from trellis.errors import PolicyRefusal
+
+STATE = "trellis.node"
+SIMULATED = "simulated"
+"""Set in the node config by the local engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A node and the folder that keeps its durable state (None: nothing is kept)."""
+
+    spec: NodeSpec
+    store: Path | None
+    simulated: bool
+
+
+def of(context: Context) -> Identity:
+    """This node.  Raises PolicyRefusal("policy.identity") when nobody said who it is."""
+    if is_simulated(context):
+        told = context.state.config_records.get(STATE)
+        if told is None:
+            raise PolicyRefusal("policy.identity", "this simulated node has not been enrolled")
+        return _from_text(str(told["spec"]), str(told["store"]))
+    if "node-file" in context.node_config:
+        return _from_file(str(context.node_config["node-file"]))
+    raise PolicyRefusal("policy.identity", "start the SuperNode with --node-config 'node-file=\"/path/to/node.yaml\"'")
+
+
+def is_simulated(context: Context) -> bool:
+    """Whether this process simulates nodes: our local engine says so, and Flower's engine runs in a Ray actor.
+
+    A SuperNode's process never holds a connected Ray, so no server can pass a real node off as a simulated one.
+    """
+    if context.node_config.get(SIMULATED) is True:
+        return True
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(ray.is_initialized())
+
+
+def enrol(context: Context, federation: str, store_root: str) -> NodeSpec:
+    """Tell a simulated node who it is: node `partition-id` of the federation (JSON of a NodesConfig)."""
+    spec = _specs(federation)[int(context.node_config["partition-id"])]
+    text = canonical.encode(to_json(spec)).decode()
+    context.state[STATE] = ConfigRecord(
+        {"spec": text, "store": str(Path(store_root) / spec.name) if store_root else ""}
+    )
+    return spec
+
+
+@lru_cache(maxsize=8)
+def _specs(federation: str) -> list[NodeSpec]:
+    return from_json(NodesConfig, json.loads(federation)).expand()
+
+
+@lru_cache(maxsize=4096)
+def _from_text(spec: str, store: str) -> Identity:
+    return Identity(from_json(NodeSpec, json.loads(spec)), Path(store) if store else None, simulated=True)
+
+
+def _from_file(path: str) -> Identity:
+    import yaml
+
+    spec = from_json(NodeSpec, yaml.safe_load(Path(path).read_text()))
+    if not spec.name:
+        raise PolicyRefusal("policy.identity", f"{path} names no node: it needs at least `name: ...`")
+    return Identity(spec, Path(path).resolve().parent / f"{spec.name}.store", simulated=False)

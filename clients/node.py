@@ -1,0 +1,136 @@
+"""What a node does with a message: load its rows, evaluate the base, train, reply once."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+import sectors
+from clients import identity, training
+from clients.identity import Identity
+from clients.policy import consent, consent_to_rows, task_of
+from clients.store import NodeStore, store_of
+from conf.schema import DataSource, NodeTask, from_json, to_json
+from sectors.base import NodeData, Place, Sector, num_rows
+from sectors.params import initial_arrays
+from trellis import canonical, wire
+from trellis.types import Request
+from trellis.vectors import Arrays, Layout, digest
+
+
+def train(message: Message, context: Context) -> RecordDict:
+    """Evaluate the params received, train on them, reply the delta (or params, where no request asks for a delta)."""
+    node, task = identity.of(context), task_of(message)
+    request = wire.read_request(message)
+    sector, data = _sector(task), _data(node, task)
+    used = min(num_rows(data.train), task.training.max_examples or num_rows(data.train))
+    consent_to_rows(node.spec, used)
+    shared = wire.from_record(message.content.array_records[wire.ARRAYS])
+    base_digest = digest(shared)
+    store = store_of(node)
+    base = _with_local(sector, task, shared, store, base_digest)
+    round_ = request.round if request else _round(message)
+    seed = canonical.seed_for(task.seed, "train", round_, node.spec.name)
+    trained = training.train(sector, task.training, base, data.train, seed=seed, device=task.device)
+    splits = request.splits if request else ("validation",)
+    counts = {s: training.evaluate(sector, base, data.split(s), device=task.device) for s in splits}
+    if store is not None and set(base) != set(shared):
+        store.commit(base_digest, {k: v for k, v in trained.arrays.items() if sector.is_local(k)})
+    return wire.reply_content(
+        request=request,
+        arrays=_reply_arrays(request, shared, trained.arrays),
+        num_examples=trained.num_examples,
+        metrics={"train/loss": trained.loss} if trained.num_examples else {},
+        counts=counts,
+    )
+
+
+def evaluate(message: Message, context: Context) -> RecordDict:
+    """Counts of the params received, on the splits the request names."""
+    node, task = identity.of(context), task_of(message)
+    request = wire.read_request(message)
+    sector, data = _sector(task), _data(node, task)
+    shared = wire.from_record(message.content.array_records[wire.ARRAYS])
+    base = _with_local(sector, task, shared, store_of(node), digest(shared))
+    splits = request.splits if request else ("validation",)
+    counts = {s: training.evaluate(sector, base, data.split(s), device=task.device) for s in splits}
+    rows = sum(int(c["rows"]) for c in counts.values())
+    losses = sum(float(c["loss_sum"]) for c in counts.values())
+    # Flower's own strategies average metrics by num-examples; ours reads the counts.
+    metrics = {} if request else {"val/loss": losses / max(rows, 1)}
+    return wire.reply_content(request=request, arrays=None, num_examples=rows, metrics=metrics, counts=counts)
+
+
+def enrol(message: Message, context: Context) -> RecordDict:
+    """Answer "who are you?": the name, and the number of training rows where the registry wants it."""
+    asked = message.content.config_records[wire.CONFIG]
+    if identity.is_simulated(context):
+        identity.enrol(context, str(asked["federation"]), str(asked["store"]))
+    node = identity.of(context)
+    reply: dict[str, Any] = {"name": node.spec.name}
+    if asked.get("count-rows"):
+        task = from_json(NodeTask, json.loads(str(asked[wire.NODE_CONFIG])))
+        consent(node.spec, task)
+        reply[wire.NUM_EXAMPLES] = num_rows(_data(node, task).train)
+    return RecordDict({wire.REPLY: ConfigRecord(reply)})
+
+
+def _round(message: Message) -> int:
+    return int(message.content.config_records[wire.CONFIG].get(wire.ROUND, 0))  # type: ignore[arg-type]
+
+
+def _reply_arrays(request: Request | None, shared: Arrays, trained: Arrays) -> Arrays:
+    if request is None:
+        return {name: trained[name] for name in shared}
+    layout = Layout.of(shared)
+    return layout.unflatten(layout.subtract(trained, shared))
+
+
+def _with_local(sector: Sector, task: NodeTask, shared: Arrays, store: NodeStore | None, base: str) -> Arrays:
+    """The shared params and this node's local layers, in the model's order."""
+    initial = _initial(sector, task.seed)
+    if all(name in shared for name in initial):
+        return shared
+    kept = (store.local(base) if store is not None else None) or {}
+    return {name: shared[name] if name in shared else kept.get(name, initial[name]) for name in initial}
+
+
+@lru_cache(maxsize=8)
+def _initial(sector: Sector, seed: int) -> Arrays:
+    return initial_arrays(sector, seed)
+
+
+def _sector(task: NodeTask) -> Sector:
+    return _built(task.sector, canonical.encode(task.options).decode())
+
+
+@lru_cache(maxsize=32)
+def _built(name: str, options: str) -> Sector:
+    return sectors.get(name, json.loads(options))
+
+
+def _data(node: Identity, task: NodeTask) -> NodeData:
+    spec = node.spec
+    place = Place(
+        part=spec.part or 0,
+        num_parts=task.num_parts,
+        role=spec.role,
+        path=Path(spec.data_path) if spec.data_path else None,
+        synthetic=task.data is DataSource.synthetic,
+        holds_out=task.holds_out,
+    )
+    return _loaded(_sector(task), place)
+
+
+@lru_cache(maxsize=4096)
+def _loaded(sector: Sector, place: Place) -> NodeData:
+    return sector.load(place)
+
+
+def node_config(task: NodeTask) -> str:
+    """A task as the `node-config` text that Flower's own strategies send in `train_config`."""
+    return canonical.encode(to_json(task)).decode()

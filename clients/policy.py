@@ -1,0 +1,72 @@
+"""The node's consent, outermost of all Mods: the node's own policy beats the run's config.
+
+A refusal is an error reply with a code and a reason; nothing else of the request is looked at.  The Mod also catches
+refusals raised further in (training knows how many rows it would use) and checks what leaves.
+"""
+
+from __future__ import annotations
+
+import json
+
+from flwr.app import Context, Error, Message, MessageType
+from flwr.clientapp.typing import ClientAppCallable
+
+from clients import identity
+from conf.schema import NodeSpec, NodeTask, from_json
+from trellis import wire
+from trellis.errors import PolicyRefusal, WireError
+from trellis.types import POLICY_CODES
+
+
+def policy_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """Mod: refuse what the node's policy forbids, in the request and in the reply."""
+    if message.metadata.message_type.partition(".")[0] == MessageType.QUERY:
+        return call_next(message, context)
+    try:
+        spec = identity.of(context).spec
+        consent(spec, task_of(message))
+        reply = call_next(message, context)
+        _check_reply(spec, reply)
+    except PolicyRefusal as refusal:
+        return Message(Error(POLICY_CODES[refusal.code], f"{refusal.code}: {refusal.reason}"), reply_to=message)
+    except WireError as error:
+        return Message(Error(POLICY_CODES["policy.protocol"], str(error)), reply_to=message)
+    return reply
+
+
+def task_of(message: Message) -> NodeTask:
+    """The node config of a message: of our request, or of `node-config` where Flower's own strategies send it."""
+    request = wire.read_request(message)
+    if request is not None:
+        return from_json(NodeTask, dict(request.config))
+    config = message.content.config_records.get(wire.CONFIG)
+    if config is None or wire.NODE_CONFIG not in config:
+        raise WireError("wrong_request", "the message has neither a request nor a `node-config`")
+    return from_json(NodeTask, json.loads(str(config[wire.NODE_CONFIG])))
+
+
+def consent(spec: NodeSpec, task: NodeTask) -> None:
+    """Raises PolicyRefusal when the node's policy forbids the task."""
+    policy = spec.policy
+    if "*" not in policy.sectors and task.sector not in policy.sectors:
+        allowed = ", ".join(policy.sectors) or "none"
+        raise PolicyRefusal("policy.sector", f"{spec.name} takes part in {allowed}, not in {task.sector}")
+    if not task.privacy.at_least(policy.least_privacy):
+        reason = f"{spec.name} asks for privacy={policy.least_privacy} at least, the run has {task.privacy}"
+        raise PolicyRefusal("policy.privacy", reason)
+
+
+def consent_to_rows(spec: NodeSpec, num_rows: int) -> None:
+    """Raises PolicyRefusal when more rows would be trained on than the policy allows."""
+    limit = spec.policy.max_examples
+    if limit is not None and num_rows > limit:
+        reason = f"{spec.name} allows {limit} rows a round, {num_rows} would be used: set sector.training.max_examples"
+        raise PolicyRefusal("policy.max_examples", reason)
+
+
+def _check_reply(spec: NodeSpec, reply: Message) -> None:
+    if reply.has_content():
+        for record in reply.content.metric_records.values():
+            declared = record.get(wire.NUM_EXAMPLES)
+            if isinstance(declared, int) and reply.metadata.message_type.startswith(MessageType.TRAIN):
+                consent_to_rows(spec, declared)

@@ -1,0 +1,109 @@
+"""Training and evaluation at a node: functions of (params, data, config, seed).
+
+The library owns the loop: shuffling, optimizer, device.  Everything is seeded from (seed, round, node name), runs on
+one torch thread and on deterministic kernels, so the same request gives the same bytes in every engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from conf.schema import OptimizerName, TrainingConfig
+from sectors.base import Rows, Sector, num_rows, to_batch
+from sectors.params import arrays_of, load_into, reproducible
+from trellis.types import Counts
+from trellis.vectors import Arrays
+
+EVALUATION_BATCH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """All tensors after training, the mean loss over the rows of the last epoch, and the rows used."""
+
+    arrays: dict[str, npt.NDArray[np.generic]]
+    loss: float
+    num_examples: int
+
+
+def train(
+    sector: Sector, config: TrainingConfig, params: Arrays, rows: Rows, *, seed: int, device: str = "cpu"
+) -> Trained:
+    """`config.epochs` passes over the rows in batches drawn with `seed`.  The params given are not changed."""
+    with reproducible(seed):
+        model = _loaded(sector, params, device)
+        rng = np.random.default_rng(seed)
+        index = _rows_used(rng, num_rows(rows), config.max_examples)
+        optimizer = _optimizer(model, config)
+        model.train()
+        loss = float("nan")
+        for _ in range(config.epochs):
+            loss = _epoch(sector, model, optimizer, rows, rng.permutation(index), config.batch_size)
+        return Trained(arrays_of(model), loss, len(index))
+
+
+def evaluate(sector: Sector, params: Arrays, rows: Rows, *, device: str = "cpu") -> Counts:
+    """Additive counts over the rows, with the library's own `loss_sum` and `rows`.  No rows: zeros."""
+    with reproducible(0), torch.no_grad():
+        model = _loaded(sector, params, device)
+        model.eval()
+        totals: Counts = {k: np.zeros(spec.shape, spec.dtype) for k, spec in sector.all_counts().items()}
+        for start in range(0, num_rows(rows), EVALUATION_BATCH):
+            batch = to_batch(rows, slice(start, start + EVALUATION_BATCH), torch.device(device))
+            outputs = sector.forward(model, batch)
+            losses = sector.losses(outputs, batch)
+            found = {
+                **sector.counts(outputs, batch),
+                "loss_sum": losses.sum(dtype=torch.float64).cpu().numpy(),
+                "rows": np.asarray(len(losses), np.int64),
+            }
+            totals = {k: np.asarray(totals[k] + found[k], totals[k].dtype) for k in totals}
+        return totals
+
+
+def _epoch(
+    sector: Sector,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows: Rows,
+    order: npt.NDArray[np.int64],
+    batch_size: int,
+) -> float:
+    total = 0.0
+    device = next(model.parameters()).device
+    for start in range(0, len(order), batch_size):
+        batch = to_batch(rows, order[start : start + batch_size], device)
+        losses = sector.losses(sector.forward(model, batch), batch)
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+        total += float(losses.detach().sum(dtype=torch.float64))
+    return total / max(len(order), 1)
+
+
+def _rows_used(rng: np.random.Generator, n: int, most: int | None) -> npt.NDArray[np.int64]:
+    if most is None or n <= most:
+        return np.arange(n)
+    return np.sort(rng.choice(n, size=most, replace=False))
+
+
+def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    if config.optimizer is OptimizerName.adam:
+        return torch.optim.Adam(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+@lru_cache(maxsize=8)
+def _model(sector: Sector, device: str) -> nn.Module:
+    """One module per task and process: building costs more than loading params into it."""
+    return sector.build_model().to(device)
+
+
+def _loaded(sector: Sector, params: Arrays, device: str) -> nn.Module:
+    return load_into(_model(sector, device), params)

@@ -1,0 +1,77 @@
+"""What federating is compared with: the same model, budget and split, trained on each node alone and on pooled rows.
+
+Baselines see rows together, which no deployment may: they exist in simulation only, and never leave it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clients import training
+from conf.schema import DataSource, NodeSpec, RunConfig
+from sectors.base import NodeData, Place, Rows, Sector, concatenate, num_rows
+from sectors.params import initial_arrays
+from server import build
+from trellis import canonical
+from trellis.types import Counts, Role
+
+
+def baselines(config: RunConfig, sector: Sector) -> dict[str, Any]:
+    """-> {"pooled": test metrics, "local_only": {"nodes": {name: primary on the node's own test rows}}}"""
+    specs = config.nodes.expand()
+    data = [load(config, sector, spec, specs) for spec in specs]
+    found: dict[str, Any] = {"pooled": pooled(config, sector, data)}
+    if all(spec.role is Role.train for spec in specs):
+        found["local_only"] = local_only(config, sector, specs, data)
+    return found
+
+
+def load(config: RunConfig, sector: Sector, spec: NodeSpec, specs: Sequence[NodeSpec]) -> NodeData:
+    """A node's rows, as the node itself loads them."""
+    return sector.load(
+        Place(
+            part=spec.part or 0,
+            num_parts=len(specs),
+            role=spec.role,
+            path=Path(spec.data_path) if spec.data_path else None,
+            synthetic=config.data is DataSource.synthetic,
+            holds_out=any(s.role is not Role.train for s in specs),
+        )
+    )
+
+
+def pooled(config: RunConfig, sector: Sector, data: Sequence[NodeData]) -> dict[str, float]:
+    """One model on all training rows, for as many epochs as the federation, tested on all test rows."""
+    rows = concatenate([d.train for d in data])
+    test = concatenate([d.test for d in data])
+    return _score(sector, _trained(config, sector, rows, "pooled"), test)
+
+
+def local_only(
+    config: RunConfig, sector: Sector, specs: Sequence[NodeSpec], data: Sequence[NodeData]
+) -> dict[str, Any]:
+    """Each node's own model, for as many epochs, tested on its own test rows; and all nodes' test rows together."""
+    nodes: dict[str, float | None] = {}
+    totals: list[Counts] = []
+    for spec, own in zip(specs, data, strict=True):
+        if not num_rows(own.train):
+            continue
+        counts = training.evaluate(sector, _trained(config, sector, own.train, spec.name), own.test)
+        totals.append(counts)
+        nodes[spec.name] = build.scoring(sector).metrics(counts).get(sector.primary.name)
+    together = {k: sum((c[k] for c in totals[1:]), start=totals[0][k]) for k in totals[0]}
+    return {"nodes": nodes, "together": dict(build.scoring(sector).metrics(together))}
+
+
+def _trained(config: RunConfig, sector: Sector, rows: Rows, who: str) -> dict[str, Any]:
+    budget = dataclasses.replace(config.sector.training, epochs=config.sector.training.epochs * config.rounds)
+    seed = canonical.seed_for(config.seed, "baseline", who)
+    params = initial_arrays(sector, config.seed)
+    return training.train(sector, budget, params, rows, seed=seed, device=config.device).arrays
+
+
+def _score(sector: Sector, params: dict[str, Any], test: Rows) -> dict[str, float]:
+    return dict(build.scoring(sector).metrics(training.evaluate(sector, params, test)))
