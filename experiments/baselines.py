@@ -16,11 +16,11 @@ from sectors.base import NodeData, Place, Rows, Sector, concatenate, num_rows
 from sectors.params import initial_arrays
 from server import build
 from trellis import canonical
-from trellis.types import Counts, Role
+from trellis.types import Role
 
 
 def baselines(config: RunConfig, sector: Sector) -> dict[str, Any]:
-    """-> {"pooled": test metrics, "local_only": {"nodes": {name: primary on the node's own test rows}}}"""
+    """-> {"pooled": test metrics, "local_only": {"nodes": {name: primary or None}, "everywhere": primary}}"""
     specs = config.nodes.expand()
     data = [load(config, sector, spec, specs) for spec in specs]
     found: dict[str, Any] = {"pooled": pooled(config, sector, data)}
@@ -53,17 +53,18 @@ def pooled(config: RunConfig, sector: Sector, data: Sequence[NodeData]) -> dict[
 def local_only(
     config: RunConfig, sector: Sector, specs: Sequence[NodeSpec], data: Sequence[NodeData]
 ) -> dict[str, Any]:
-    """Each node's own model, for as many epochs, tested on its own test rows; and all nodes' test rows together."""
+    """Each node's own model, for as many epochs: on its own test rows, and on those of all nodes (mean over models).
+
+    A node with one class only has no score of its own.  `everywhere` is what a model made alone is worth elsewhere.
+    """
+    test = concatenate([d.test for d in data])
     nodes: dict[str, float | None] = {}
-    totals: list[Counts] = []
+    everywhere: list[float] = []
     for spec, own in zip(specs, data, strict=True):
-        if not num_rows(own.train):
-            continue
-        counts = training.evaluate(sector, _trained(config, sector, own.train, spec.name), own.test)
-        totals.append(counts)
-        nodes[spec.name] = build.scoring(sector).metrics(counts).get(sector.primary.name)
-    together = {k: sum((c[k] for c in totals[1:]), start=totals[0][k]) for k in totals[0]}
-    return {"nodes": nodes, "together": dict(build.scoring(sector).metrics(together))}
+        params = _trained(config, sector, own.train, spec.name)
+        nodes[spec.name] = _score(sector, params, own.test).get(sector.primary.name)
+        everywhere.append(_score(sector, params, test)[sector.primary.name])
+    return {"nodes": nodes, "everywhere": sum(everywhere) / len(everywhere)}
 
 
 def _trained(config: RunConfig, sector: Sector, rows: Rows, who: str) -> dict[str, Any]:

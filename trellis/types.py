@@ -101,6 +101,9 @@ class NodeInfo:
     availability: float = 1.0
     public_key: str = ""
     max_examples: int | None = None
+    """Cap on every count of examples it declares."""
+    num_examples: int | None = None
+    """Training rows it registered: its weight, where rows are weighed."""
     status: str = "active"
 
 

@@ -15,12 +15,15 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from types import TracebackType
+from typing import Any
 from uuid import uuid4
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo as FlowerNode
@@ -51,8 +54,9 @@ class VirtualClock:
     def now(self) -> float:
         return self._now
 
-    def sleep(self, seconds: float) -> None:
-        self._now = max(self._now, self._grid.next_arrival())
+    def sleep(self, seconds: float, *, until: float = math.inf) -> None:
+        at = min(self._grid.next_arrival(), until)
+        self._now = max(self._now, at) if math.isfinite(at) else self._now + seconds
 
 
 @dataclass(order=True, slots=True)
@@ -81,7 +85,7 @@ class LocalGrid(Grid):
     ) -> None:
         if workers > 1 and not isinstance(app, str):
             raise ConfigError("workers > 1 needs the app as 'module:attribute', so that each process can import it")
-        self._app = load_app(app) if workers == 1 else None
+        self._app = load_app(app)
         run_id = secrets.randbits(62)
         wire.identify(run_id, SERVER_NODE_ID)
         self._run = Run.create_empty(run_id)
@@ -100,11 +104,13 @@ class LocalGrid(Grid):
         }
         self._delay_s = delay_s
         self._waiting: deque[tuple[float, Message]] = deque()
-        self._running: dict[Future[tuple[Message, Context]], tuple[float, Message]] = {}
+        self._running: dict[Future[tuple[Message, Context | None]], tuple[float, Message]] = {}
         self._arrivals: list[_Arrival] = []
+        self._mailbox: dict[str, Message] = {}
         self._order = 0
         self.clock = VirtualClock(self)
-        self._pool = _pool(str(app), workers) if workers > 1 else None
+        self._new_pool = partial(_pool, str(app), workers)
+        self._pool = self._new_pool() if workers > 1 else None
 
     def __enter__(self) -> LocalGrid:
         return self
@@ -143,21 +149,17 @@ class LocalGrid(Grid):
             if self._pool is None:
                 self._waiting.append((self.clock.now(), sent))
             else:
-                context = self._contexts.get(sent.metadata.dst_node_id)
-                self._running[self._pool.submit(_in_worker, sent, context)] = (self.clock.now(), sent)
+                self._running[self._submit(self._pool, sent)] = (self.clock.now(), sent)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Replies that have arrived.  Computes at most one waiting message a call, so replies stream."""
         self._compute()
-        wanted = set(message_ids)
-        arrived, kept = [], []
         while self._arrivals and self._arrivals[0].at <= self.clock.now():
-            arrival = heapq.heappop(self._arrivals)
-            (arrived if arrival.reply.metadata.reply_to_message_id in wanted else kept).append(arrival)
-        for arrival in kept:
-            heapq.heappush(self._arrivals, arrival)
-        return [arrival.reply for arrival in arrived]
+            reply = heapq.heappop(self._arrivals).reply
+            self._mailbox[reply.metadata.reply_to_message_id] = reply
+        wanted = set(message_ids)
+        return [self._mailbox.pop(sent) for sent in list(self._mailbox) if sent in wanted]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         deadline = self.clock.now() + (math.inf if timeout is None else timeout)
@@ -168,9 +170,11 @@ class LocalGrid(Grid):
                 outstanding.discard(reply.metadata.reply_to_message_id)
                 replies.append(reply)
             if outstanding and not self._busy():
-                if math.isinf(self.next_arrival()):
+                if self.next_arrival() > deadline or math.isinf(self.next_arrival()):
                     break
                 self.clock.sleep(0.0)
+        if outstanding and math.isfinite(deadline):
+            self.clock.sleep(0.0, until=deadline)
         return replies
 
     # ------------------------------------------------------------ computing
@@ -194,13 +198,46 @@ class LocalGrid(Grid):
             done, _ = wait(self._running, return_when=FIRST_COMPLETED)
             for future in done:
                 sent_at, message = self._running.pop(future)
-                reply, context = _result(future, message)
+                reply, context = self._result(future, message)
                 if context is not None:
                     self._contexts[message.metadata.dst_node_id] = context
                 self._deliver(sent_at, message, reply)
 
+    def _submit(self, pool: ProcessPoolExecutor, message: Message) -> Future[tuple[Message, Context | None]]:
+        context = self._contexts.get(message.metadata.dst_node_id)
+        try:
+            return pool.submit(_in_worker, message, context)
+        except BrokenProcessPool:
+            self._pool = self._new_pool()
+            return self._pool.submit(_in_worker, message, context)
+
+    def _result(
+        self, future: Future[tuple[Message, Context | None]], message: Message
+    ) -> tuple[Message, Context | None]:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            # One node's crash takes every message in the pool with it: asked again one by one, only the guilty fails.
+            return self._again(message)
+        except Exception as error:
+            return _crashed(message, error), None
+
+    def _again(self, message: Message) -> tuple[Message, Context | None]:
+        assert self._pool is not None
+        try:
+            return self._submit(self._pool, message).result()
+        except Exception as error:
+            return _crashed(message, error), None
+
     def _deliver(self, sent_at: float, message: Message, reply: Message) -> None:
-        reply.metadata.__dict__["_message_id"] = uuid4().hex
+        if reply.has_content():
+            reply.content = _own_records(reply.content)
+        # Whose reply it is, and to what, is for the network to say, not for the node.
+        reply.metadata.__dict__.update(
+            _message_id=uuid4().hex,
+            _src_node_id=message.metadata.dst_node_id,
+            _reply_to_message_id=message.metadata.message_id,
+        )
         delay = self._delay_s(self._index.get(message.metadata.dst_node_id, -1), message, reply)
         self._order += 1
         if math.isfinite(delay):
@@ -212,8 +249,11 @@ def call(app: ClientApp | None, message: Message, context: Context | None) -> tu
     if context is None or app is None:
         return Message(Error(ErrorCode.NODE_UNAVAILABLE, "there is no such node"), reply_to=message), context
     try:
-        return app(message, context), context
-    except Exception as error:  # as in Flower's engines: a client's exception is its reply
+        reply = app(message, context)
+        if not isinstance(reply, Message):
+            raise TypeError(f"the ClientApp returned a {type(reply).__name__}, not a Message")
+        return reply, context
+    except (Exception, SystemExit) as error:  # as in Flower's engines: a client's exception is its reply
         reason = f"{type(error).__name__}: {error}"
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message), context
 
@@ -223,7 +263,10 @@ def load_app(app: ClientApp | str) -> ClientApp:
     if isinstance(app, ClientApp):
         return app
     module, _, attribute = app.partition(":")
-    loaded = getattr(import_module(module), attribute, None)
+    try:
+        loaded = getattr(import_module(module), attribute, None)
+    except ImportError as error:
+        raise ConfigError(f"{app} cannot be imported: {error}") from error
     if not isinstance(loaded, ClientApp):
         raise ConfigError(f"{app} is not a ClientApp")
     return loaded
@@ -231,17 +274,9 @@ def load_app(app: ClientApp | str) -> ClientApp:
 
 def _own_copy(message: Message) -> Message:
     """The message as the node gets it, with an id: records of its own over the same immutable bytes."""
-    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
-    for name, record in message.content.items():
-        if isinstance(record, ArrayRecord):
-            records[name] = ArrayRecord(dict(record.items()))
-        elif isinstance(record, MetricRecord):
-            records[name] = MetricRecord(dict(record.items()))
-        else:
-            records[name] = ConfigRecord(dict(record.items()))
     metadata = message.metadata
     copy = Message(
-        RecordDict(records),
+        _own_records(message.content),
         metadata.dst_node_id,
         metadata.message_type,
         ttl=metadata.ttl,
@@ -249,6 +284,22 @@ def _own_copy(message: Message) -> Message:
     )
     copy.metadata.__dict__["_message_id"] = uuid4().hex
     return copy
+
+
+def _own_records(content: RecordDict) -> RecordDict:
+    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
+    for name, record in content.items():
+        if isinstance(record, ArrayRecord):
+            records[name] = ArrayRecord({k: Array(a.dtype, a.shape, a.stype, a.data) for k, a in record.items()})
+        elif isinstance(record, MetricRecord):
+            records[name] = MetricRecord(_own_lists(record))
+        else:
+            records[name] = ConfigRecord(_own_lists(record))
+    return RecordDict(records)
+
+
+def _own_lists(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, list) else v for k, v in record.items()}
 
 
 # ---------------------------------------------------------------- worker processes
@@ -271,12 +322,9 @@ def _in_worker(message: Message, context: Context | None) -> tuple[Message, Cont
     return call(_worker_app, message, context)
 
 
-def _result(future: Future[tuple[Message, Context]], message: Message) -> tuple[Message, Context | None]:
-    try:
-        return future.result()
-    except Exception as error:  # the worker died: the node crashed
-        reason = f"the worker process failed: {type(error).__name__}: {error}"
-        return Message(Error(ErrorCode.CLIENT_APP_CRASHED, reason), reply_to=message), None
+def _crashed(message: Message, error: Exception) -> Message:
+    reason = f"the worker process failed: {type(error).__name__}: {error}"
+    return Message(Error(ErrorCode.CLIENT_APP_CRASHED, reason), reply_to=message)
 
 
 def node_ids(grid: LocalGrid) -> Sequence[int]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from trellis.cli.show import console
 from trellis.errors import ResumeError
 
 
@@ -40,8 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not rows:
         print(f"no finished run under {folder}: start one with `trellis simulate`")
         return 0
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(_table(rows))
+    console().print(_table(rows))
     return 0
 
 

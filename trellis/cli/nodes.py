@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 
-from rich.console import Console
 from rich.table import Table
+
+from trellis.cli.show import console
 
 SHOWN = 20
 
@@ -52,8 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
             s.name, s.organisation, s.region, part, s.role.value, speed,
             f"{s.link.latency_ms:g}", f"{s.link.availability:g}", consent,
         )  # fmt: skip
-    console = Console()
-    console.print(table)
+    out = console()
+    out.print(table)
     if len(specs) > SHOWN:
-        console.print(f"... and {len(specs) - SHOWN} more (--json shows all)")
+        out.print(f"... and {len(specs) - SHOWN} more (--json shows all)")
     return 0

@@ -6,8 +6,9 @@ import argparse
 import json
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from trellis.cli.show import console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,5 +41,5 @@ def run(arguments: argparse.Namespace) -> int:
     for row in rows:
         files = " or ".join(row["data_files"]) or "inside scikit-learn"
         table.add_row(row["name"], row["title"], row["primary_metric"]["name"], str(row["rounds"]), files)
-    Console().print(table)
+    console().print(table)
     return 0

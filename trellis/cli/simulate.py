@@ -12,19 +12,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from trellis.cli.show import console
 from trellis.types import RoundRecord, ServerState
 
 if TYPE_CHECKING:
     from server.run import RunResult
 
 DEMO = ["experiment=demo"]
+SHOWN_REFUSALS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,21 +41,24 @@ def run(arguments: argparse.Namespace) -> int:
 
     given = arguments.overrides or DEMO
     runs = sweep(given) if arguments.multirun else [given]
-    console = Console(stderr=True)
+    progress = Console(stderr=True)
     results = []
     for index, overrides in enumerate(runs):
         if len(runs) > 1:
-            console.print(f"[bold]run {index + 1} of {len(runs)}[/]: {' '.join(overrides)}")
-        results.append(_one(overrides, console))
+            progress.print(f"[bold]run {index + 1} of {len(runs)}[/]: {' '.join(overrides)}")
+        results.append(_one(overrides, progress))
     if arguments.json:
         values = [dataclasses.asdict(result) for result in results]
         print(json.dumps(values if arguments.multirun else values[0]))
     else:
         _show(results)
-    return 0
+    failed = [r.run_name for r in results if r.primary_metric["value"] is None]
+    for name in failed:
+        progress.print(f"{name}: no node's rows could be scored; see its refusals", highlight=False)
+    return 1 if failed else 0
 
 
-def _one(overrides: list[str], console: Console) -> RunResult:
+def _one(overrides: list[str], err: Console) -> RunResult:
     from conf.load import load
     from experiments.simulate import prepare, simulate
 
@@ -62,7 +66,7 @@ def _one(overrides: list[str], console: Console) -> RunResult:
     config, _ = prepare(overrides)
     source = "SYNTHETIC rows" if config.data == "synthetic" else "real data"
     title = f"{config.sector.name}: {len(config.nodes.expand())} nodes, {source}, engine {config.engine.name}"
-    console.print(title, highlight=False)
+    err.print(title, highlight=False)
     columns = (
         TextColumn("round"),
         MofNCompleteColumn(),
@@ -71,7 +75,7 @@ def _one(overrides: list[str], console: Console) -> RunResult:
         TextColumn("{task.fields[refusals]} refused"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=not console.is_terminal) as progress:
+    with Progress(*columns, console=err, transient=not err.is_terminal) as progress:
         task = progress.add_task("", total=config.rounds, metric="", refusals=0)
         refused = 0
 
@@ -81,7 +85,7 @@ def _one(overrides: list[str], console: Console) -> RunResult:
             best = f"best {state.best.value:.4f}" if state.best else ""
             progress.update(task, completed=state.round, metric=_metric(record, best), refusals=refused)
             if record.closed:
-                console.print(f"round {record.round} closed, the model stays: {record.closed}", highlight=False)
+                err.print(f"round {record.round} closed, the model stays: {record.closed}", highlight=False)
 
         return simulate(overrides, on_round=on_round)
 
@@ -92,8 +96,7 @@ def _metric(record: RoundRecord, best: str) -> str:
 
 
 def _show(results: list[RunResult]) -> None:
-    # A pipe has no width: nothing is cut there.
-    out = Console(file=sys.stdout) if sys.stdout.isatty() else Console(file=sys.stdout, width=200)
+    out = console()
     out.print(_table(results))
     for r in results[-1:]:
         _advise(r, out)
@@ -147,6 +150,8 @@ def _advise(r: RunResult, out: Console) -> None:
             line(
                 f"  {node} alone: " + (f"{value:.4f}" if value is not None else "cannot be scored on its own test rows")
             )
+    for (node, reason), many in _grouped(r.refusals).items():
+        line(f"refused    {node}, {len(many)} times: {reason} ({many[0]['evidence']})")
     line("")
     line(f"model      {r.model_path}")
     if r.model_version is not None:
@@ -159,6 +164,14 @@ def _advise(r: RunResult, out: Console) -> None:
     line(f"       trellis compare {r.run_name}  RUN...")
     line(f"       trellis simulate resume={r.run_name} rounds={r.rounds * 2}")
     line("       trellis simulate sector=banks nodes=consortium")
+
+
+def _grouped(refusals: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Refusals by node and reason, the most frequent first."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for refusal in refusals:
+        groups.setdefault((refusal["node"], refusal["reason"]), []).append(refusal)
+    return dict(sorted(groups.items(), key=lambda item: -len(item[1]))[:SHOWN_REFUSALS])
 
 
 def _size(num_bytes: int) -> str:

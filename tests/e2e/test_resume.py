@@ -1,0 +1,82 @@
+"""SIGKILL at any point, then resume: the same final model as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.simulate import simulate
+from trellis.errors import ResumeError
+
+DRIVER = Path(__file__).with_name("kill_and_resume.py")
+
+
+def drive(folder: Path, tracking: str, points: str) -> dict[str, Any]:
+    command = [sys.executable, str(DRIVER), str(folder), tracking, points]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_a_run_killed_before_any_of_its_renames_resumes_to_the_same_model(tmp_path: Path) -> None:
+    found = drive(tmp_path, "none", "all")
+    outcomes = found["outcomes"]
+    assert len(outcomes) == found["steps"] > 20
+    assert all(o["killed"] for o in outcomes)
+    assert sum(o["resumed"] for o in outcomes) > 20, "most kills leave a run to resume"
+    assert [o["point"] for o in outcomes if not o["same"]] == []
+
+
+def test_a_killed_and_resumed_run_registers_every_round_once(tmp_path: Path) -> None:
+    found = drive(tmp_path, "mlflow", "18")
+    assert all(o["killed"] and o["same"] for o in found["outcomes"])
+    with sqlite3.connect(tmp_path / "killed-018" / "mlflow.db") as store:
+        rounds = store.execute("select value from model_version_tags where key = 'fl.round'").fetchall()
+        runs = store.execute("select count(*) from tags where key = 'fl.role' and value = 'federation'").fetchone()
+    assert len(rounds) == len(set(rounds)), "a round was registered twice"
+    assert {("1",), ("2",)} <= set(rounds)
+    assert runs == (1,)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("runs")
+    simulate(["rounds=2", "tracking=none", "run_name=short", f"runs_dir={runs}"])
+    return runs
+
+
+def test_a_lengthened_run_is_the_run_that_was_longer_from_the_start(ended: Path, tmp_path: Path) -> None:
+    lengthened = simulate(["resume=short", "rounds=4", f"runs_dir={ended}"])
+    longer = simulate(["rounds=4", "tracking=none", "run_name=long", f"runs_dir={tmp_path}"])
+    assert lengthened.model_digest == longer.model_digest
+    assert lengthened.metrics == longer.metrics
+    assert lengthened.rounds == 4
+
+
+def test_a_resumed_run_cannot_become_another_run(ended: Path) -> None:
+    with pytest.raises(ResumeError, match="seed=7 would make it another run"):
+        simulate(["resume=short", "seed=7", f"runs_dir={ended}"])
+
+
+def test_resuming_what_is_not_there_names_the_runs_that_are(ended: Path) -> None:
+    with pytest.raises(ResumeError, match=r"no run 'shirt'.*short"):
+        simulate(["resume=shirt", f"runs_dir={ended}"])
+
+
+def test_a_name_that_is_taken_is_not_overwritten(ended: Path) -> None:
+    with pytest.raises(ResumeError, match="holds a run already"):
+        simulate(["rounds=1", "tracking=none", "run_name=short", f"runs_dir={ended}"])
+
+
+def test_a_damaged_state_is_refused(ended: Path, tmp_path: Path) -> None:
+    simulate(["rounds=1", "tracking=none", "run_name=torn", f"runs_dir={tmp_path}"])
+    state = tmp_path / "torn" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-7])
+    with pytest.raises(ResumeError, match="damaged"):
+        simulate(["resume=torn", "rounds=2", f"runs_dir={tmp_path}"])
