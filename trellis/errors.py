@@ -8,6 +8,7 @@
     ├── CohortTooSmall      too few rows for the rule: the round closes, the model stays
     ├── PolicyRefusal       this node does not consent to a request
     ├── ResumeError         a run folder cannot be continued
+    ├── VersionError        a stored model version is damaged, or is not what its card says
     └── TrackingError       the tracking server refused or could not be reached
 
 A message says what was found, what was needed and what to do.
@@ -56,6 +57,10 @@ class PolicyRefusal(TrellisError):
 
 class ResumeError(TrellisError):
     """A run folder is missing, damaged, or of another configuration."""
+
+
+class VersionError(TrellisError):
+    """A stored model version is damaged, or is not what its card says."""
 
 
 class TrackingError(TrellisError):

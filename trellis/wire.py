@@ -71,7 +71,8 @@ def decode(array: Array, spec: TensorSpec | None = None) -> npt.NDArray[np.gener
     if spec is not None and dtype != np.dtype(spec.dtype):
         raise WireError("wrong_dtype", f"{spec.name} has dtype {dtype}, expected {spec.dtype}")
     size = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if dtype.hasobject or len(data) - offset != size:
+    odd = dtype.hasobject or not dtype.itemsize or min(shape, default=0) < 0
+    if odd or len(data) - offset != size:
         raise WireError("undecodable", f"{len(data) - offset} bytes of {dtype} do not make shape {shape}")
     value = np.frombuffer(data, dtype, offset=offset)
     return value.reshape(shape[::-1]).T if fortran else value.reshape(shape)
@@ -99,9 +100,13 @@ def _read_header(data: bytes) -> tuple[tuple[int, ...], np.dtype[Any], bool, int
 
 def size_bytes(content: RecordDict) -> int:
     """Payload of a message: the arrays' serialised bytes and the other records' JSON."""
-    total = sum(len(a.data) for record in content.array_records.values() for a in record.values())
-    others = [dict(r) for r in content.metric_records.values()] + [dict(r) for r in content.config_records.values()]
-    return total + sum(_value_bytes(v) + len(k) for record in others for k, v in record.items())
+    total = 0
+    for record in content.values():
+        if isinstance(record, ArrayRecord):
+            total += sum(len(array.data) for array in record.values())
+        else:
+            total += sum(_value_bytes(value) + len(key) for key, value in record.items())
+    return total
 
 
 def _value_bytes(value: Any) -> int:

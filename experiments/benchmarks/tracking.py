@@ -3,7 +3,8 @@
     python -m experiments.benchmarks.tracking [--rounds 20] [--nodes 0 10 50]
 
 A full record is: the version's LoggedModel, files and registered version, about 20 metrics of the federation, a batch
-for each node's child run, alias, tags and the ledger.  The store is a fresh SQLite file.  Exit code 1: a target is missed.
+for each node's child run, alias, tags and the ledger.  The store is a fresh SQLite file.  Exit code 1: a target is
+missed.
 """
 
 from __future__ import annotations

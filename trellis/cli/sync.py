@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from trellis.errors import ResumeError
@@ -18,12 +19,14 @@ def run(arguments: argparse.Namespace) -> int:
     from server.folder import RunFolder
     from server.tracking import sync
 
-    pending = 0
+    complete = True
     for name in arguments.runs:
         path = Path(name) if Path(name).is_dir() else Path(arguments.runs_dir) / name
         if not (path / "config.json").exists():
             raise ResumeError(f"{path} is not a run folder")
         delivery = sync(RunFolder(path), uri=arguments.uri)
-        pending += delivery.pending
+        complete = complete and delivery.complete
         print(f"{path.name}: {delivery.delivered} records delivered, {delivery.pending} pending, {delivery.uri}")
-    return 1 if pending else 0
+        if delivery.error:
+            print(f"trellis: {path.name}: {delivery.error}", file=sys.stderr)
+    return 0 if complete else 1

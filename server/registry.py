@@ -1,0 +1,94 @@
+"""Which nodes there are, and who each of them is.
+
+Flower's node ids are drawn anew at every registration; a node is its name.  One `query` message asks every connected
+node for it (and, where rows are weighed, for the number of its training rows: registered once, not believed per
+round).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from logging import WARNING
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common import log
+from flwr.serverapp import Grid
+
+from conf.schema import NodeSpec, NodeTask, RunConfig, to_json
+from strategies.exchange import Ask
+from trellis import canonical, wire
+from trellis.errors import CohortTooSmall
+from trellis.types import NodeInfo
+
+CONNECT_TIMEOUT_S = 120.0
+
+
+def enrol(grid: Grid, ask: Ask, config: RunConfig, *, store: str, count_rows: bool = False) -> list[NodeInfo]:
+    """Every connected node that the federation knows, sorted by name.
+
+    A name that two nodes claim belongs to neither; a name the federation does not list is left out, and so is a node
+    that does not count its rows where they must be counted.  Raises CohortTooSmall when no node is left.
+    """
+    specs = {spec.name: spec for spec in config.nodes.expand()}
+    content = _question(config, store, count_rows)
+    ids = _connected(grid, len(specs))
+    messages = [Message(content=content, message_type=MessageType.QUERY, dst_node_id=node_id) for node_id in ids]
+    claims: dict[str, list[NodeInfo]] = {}
+    problems: list[str] = []
+    for reply in ask(messages, config.round_timeout_s):
+        if reply.has_error():
+            problems.append(str(reply.error.reason)[:200])
+            continue
+        answer = reply.content.config_records.get(wire.REPLY, ConfigRecord())
+        spec = specs.get(str(answer.get("name")))
+        if spec is None:
+            problems.append(
+                f"a node calls itself {str(answer.get('name'))[:60]!r}, which nodes={config.nodes.name} lacks"
+            )
+            continue
+        info = _info(spec, reply.metadata.src_node_id)
+        if count_rows:
+            rows = answer.get(wire.NUM_EXAMPLES)
+            if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
+                problems.append(f"{spec.name} registered {str(rows)[:40]} rows, which rule.weighted=true needs")
+                continue
+            info = replace(info, max_examples=rows)
+        claims.setdefault(spec.name, []).append(info)
+    problems += [f"{len(infos)} nodes call themselves {name}" for name, infos in claims.items() if len(infos) > 1]
+    nodes = [infos[0] for _, infos in sorted(claims.items()) if len(infos) == 1]
+    if not nodes:
+        raise CohortTooSmall(f"no node of nodes={config.nodes.name} enrolled: {'; '.join(problems) or 'none answered'}")
+    for problem in problems:
+        log(WARNING, "enrolment: %s", problem)
+    return nodes
+
+
+def _connected(grid: Grid, expected: int) -> list[int]:
+    """Ids of the connected nodes; waits a while for the expected number."""
+    end = time.monotonic() + CONNECT_TIMEOUT_S
+    while len(ids := sorted(grid.get_node_ids())) < expected and time.monotonic() < end:
+        time.sleep(0.2)
+    return ids
+
+
+def _question(config: RunConfig, store: str, count_rows: bool) -> RecordDict:
+    asked: dict[str, str | bool] = {
+        "federation": canonical.encode(to_json(config.nodes)).decode(),
+        "store": store,
+        "count-rows": count_rows,
+        wire.NODE_CONFIG: canonical.encode(to_json(NodeTask.of(config))).decode(),
+    }
+    return RecordDict({wire.CONFIG: ConfigRecord({**asked})})
+
+
+def _info(spec: NodeSpec, node_id: int) -> NodeInfo:
+    return NodeInfo(
+        name=spec.name,
+        node_id=node_id,
+        organisation=spec.organisation,
+        region=spec.region,
+        role=spec.role,
+        availability=spec.link.availability,
+        max_examples=spec.policy.max_examples,
+    )

@@ -1,0 +1,281 @@
+"""One run, from its configuration to its result: restore or start, enrol, train, record.
+
+commit of a round:  version -> record -> state.  The state is written last; until then the round has not happened.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from flwr.serverapp import Grid
+
+from conf.load import load
+from conf.schema import DataSource, RunConfig, config_digest, to_json
+from sectors.base import Sector
+from sectors.params import initial_arrays
+from server import build, checkpoint, registry, versions
+from server.folder import RunFolder
+from server.tracking import Delivery, RunInfo, TrackerLike, git_digest, make_tracker
+from strategies.exchange import Clock, StoppedClock, WallClock, door
+from trellis import wire
+from trellis.errors import ResumeError
+from trellis.types import RoundRecord, ServerState
+from trellis.vectors import digest
+
+OnRound = Callable[[ServerState, RoundRecord], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run came to; `--json` prints it.  Keys are only ever added."""
+
+    run_id: str
+    run_name: str
+    run_dir: str
+    tracking_uri: str | None
+    sector: str
+    data_source: str
+    engine: str
+    rounds: int
+    primary_metric: dict[str, Any]
+    baselines: dict[str, Any] | None
+    model_digest: str
+    model_version: int | None
+    refusals: list[dict[str, Any]]
+    seconds: float
+    bytes_up: int
+    bytes_down: int
+    epsilon_max: float | None
+    best: dict[str, Any] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    model_name: str | None = None
+    model_path: str | None = None
+    records_pending: int = 0
+
+
+def run(
+    config: RunConfig,
+    grid: Grid,
+    *,
+    overrides: Sequence[str] = (),
+    on_round: OnRound | None = None,
+) -> RunResult:
+    """Run to the end, or resume to the end.  Raises ConfigError, DataError, ResumeError before anything is written."""
+    sector = build.check(config)
+    started = time.monotonic()
+    with _opened(config, overrides) as (folder, run_id):
+        state = _restored(folder, config, sector, run_id)
+        info = _run_info(folder, config, sector, state, engine_of(grid))
+        with make_tracker(folder, config.tracking, info) as tracker:
+            state = _train(folder, config, sector, state, grid, tracker, on_round)
+            delivery = tracker.close(config.tracking.close_timeout_s)
+        result = summarise(folder, config, sector, state, delivery, engine_of(grid), time.monotonic() - started)
+        folder.write_json(folder.result_path, asdict(result))
+        return result
+
+
+def _train(
+    folder: RunFolder,
+    config: RunConfig,
+    sector: Sector,
+    state: ServerState,
+    grid: Grid,
+    tracker: TrackerLike,
+    on_round: OnRound | None,
+) -> ServerState:
+    """Every round still to be done, each committed to the folder.  -> the last state"""
+    clock, local_layers = clock_of(grid), _local_layers(sector)
+
+    def commit(after: ServerState, record: RoundRecord) -> None:
+        if record.purpose == "train":
+            versions.write_version(folder, after.round, after.params, _card(config, local_layers, after, record))
+        folder.write_record(record)
+        checkpoint.save(folder.state_path, after)
+        tracker.notify()
+        if on_round is not None:
+            on_round(after, record)
+
+    strategy = build.strategy(config, sector, clock=clock, commit=commit)
+    store = str(folder.nodes_path.resolve())
+    nodes = registry.enrol(grid, door(grid, clock), config, store=store, count_rows=config.rule.weighted)
+    return strategy.run(grid, state, nodes, rounds=config.rounds)
+
+
+def resumed(resume: str, overrides: Sequence[str], runs_dir: str) -> tuple[RunConfig, list[str]]:
+    """The configuration of a run to be continued, with what may change on top.  Raises ResumeError.
+
+    Only where it runs, where it is recorded and how many rounds it has may differ from the first start.
+    """
+    path = Path(resume) if Path(resume).is_dir() else Path(runs_dir) / resume
+    folder = RunFolder(path)
+    if not folder.config_path.exists():
+        known = sorted(p.parent.name for p in Path(runs_dir).glob("*/config.json"))
+        raise ResumeError(f"there is no run {resume!r} to resume; under {runs_dir} are: {', '.join(known) or 'none'}")
+    kept = json.loads(folder.config_path.read_bytes())
+    more = [o for o in overrides if not o.startswith(("resume=", "run_name=", "runs_dir="))]
+    place = [f"resume={folder.path}", f"run_name={folder.path.name}", f"runs_dir={folder.path.parent}"]
+    merged = [*kept["overrides"], *more, *(_quoted(o) for o in place)]
+    config = load(merged)
+    if config_digest(config) != kept["config_digest"]:
+        raise ResumeError(
+            f"{folder.path.name} was started with {' '.join(kept['overrides']) or 'the defaults'}; "
+            f"{' '.join(more)} would make it another run. Only rounds, engine, tracking and baselines may "
+            "change: start a new run instead"
+        )
+    return config, merged
+
+
+def _quoted(override: str) -> str:
+    key, _, value = override.partition("=")
+    return f"{key}='{value}'"
+
+
+def clock_of(grid: Grid) -> Clock:
+    """Virtual time in simulation, the machine's in deployment."""
+    own = getattr(grid, "clock", None)
+    if own is not None:
+        clock: Clock = own
+        return clock
+    return StoppedClock() if wire.runs_on_ray(grid) else WallClock()
+
+
+def engine_of(grid: Grid) -> str:
+    """The engine this Grid belongs to: local, ray or deployment."""
+    if hasattr(grid, "clock"):
+        return "local"
+    return "ray" if wire.runs_on_ray(grid) else "deployment"
+
+
+@contextmanager
+def _opened(config: RunConfig, overrides: Sequence[str]) -> Iterator[tuple[RunFolder, str]]:
+    """The run's folder, held by this process alone, and the run's id."""
+    folder = RunFolder(Path(config.runs_dir) / (config.run_name or _new_name(config)))
+    if config.resume is None and folder.config_path.exists():
+        raise ResumeError(f"{folder.path} holds a run already: choose another run_name, or resume={folder.path.name}")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with open(folder.path / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResumeError(f"{folder.path.name} is running in another process") from error
+        if not folder.config_path.exists():
+            folder.write_json(
+                folder.config_path,
+                {
+                    "run_id": secrets.token_hex(8),
+                    "overrides": [o for o in overrides if not o.startswith("resume=")],
+                    "config_digest": config_digest(config),
+                    "config": to_json(config),
+                    "git_digest": git_digest(),
+                },
+            )
+        yield folder, str(json.loads(folder.config_path.read_bytes())["run_id"])
+
+
+def _new_name(config: RunConfig) -> str:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return f"{config.sector.name}-{config.rule.name}-{stamp}-{secrets.token_hex(2)}"
+
+
+def _restored(folder: RunFolder, config: RunConfig, sector: Sector, run_id: str) -> ServerState:
+    """The last committed state, or the first one, committed now."""
+    if folder.state_path.exists():
+        return checkpoint.load(folder.state_path)
+    arrays = initial_arrays(sector, config.seed)
+    shared = {name: a for name, a in arrays.items() if not sector.is_local(name)}
+    state = ServerState(run=run_id, round=0, params=shared, seed=config.seed)
+    versions.write_version(folder, 0, state.params, _card(config, _local_layers(sector), state, None))
+    checkpoint.save(folder.state_path, state)
+    return state
+
+
+def _local_layers(sector: Sector) -> list[str]:
+    """Names of the tensors that stay at the nodes."""
+    return [name for name in sector.build_model().state_dict() if sector.is_local(name)]
+
+
+def _card(
+    config: RunConfig, local_layers: Sequence[str], state: ServerState, record: RoundRecord | None
+) -> versions.Card:
+    """The card of the version that `record` made; the initial version has no record and no contributors."""
+    stepped = record is not None and record.closed is None
+    return versions.Card.of(
+        config,
+        run=state.run,
+        round=state.round,
+        digest=digest(state.params),
+        nodes=sorted(record.update_norms) if record is not None and stepped else [],
+        num_params=sum(a.size for a in state.params.values()),
+        created_at=record.started_at if record is not None else time.time(),
+        base_metrics=record.base_metrics if record is not None else None,
+        local_layers=local_layers,
+    )
+
+
+def _run_info(folder: RunFolder, config: RunConfig, sector: Sector, state: ServerState, engine: str) -> RunInfo:
+    return RunInfo(
+        run_id=state.run,
+        run_name=folder.path.name,
+        sector=config.sector.name,
+        primary=sector.primary,
+        config=to_json(config),
+        config_digest=config_digest(config),
+        git_digest=git_digest(),
+        tags={"fl.engine": engine},
+    )
+
+
+def summarise(
+    folder: RunFolder,
+    config: RunConfig,
+    sector: Sector,
+    state: ServerState,
+    delivery: Delivery,
+    engine: str,
+    seconds: float,
+) -> RunResult:
+    """The run's result, from its folder alone: a resumed run counts its earlier rounds too."""
+    records = folder.records()
+    closing = next((r for r in reversed(records) if r.purpose == "evaluate" and r.round == state.round + 1), None)
+    metrics = dict(closing.base_metrics) if closing else {}
+    primary = sector.primary
+    split = "test" if f"test/{primary.name}" in metrics else "val"
+    epsilons = [e for r in records for e in r.epsilon.values()]
+    return RunResult(
+        run_id=state.run,
+        run_name=folder.path.name,
+        run_dir=str(folder.path.resolve()),
+        tracking_uri=delivery.uri,
+        sector=config.sector.name,
+        data_source=DataSource(config.data).value,
+        engine=engine,
+        rounds=state.round,
+        primary_metric={
+            "name": primary.name,
+            "value": metrics.get(f"{split}/{primary.name}"),
+            "direction": primary.direction,
+            "split": "test" if split == "test" else "validation",
+        },
+        baselines=None,
+        model_digest=digest(state.params),
+        model_version=delivery.versions.get(state.round),
+        refusals=[{"round": r.round, **asdict(refusal)} for r in records for refusal in r.refusals],
+        seconds=round(seconds, 3),
+        bytes_up=sum(r.bytes_up for r in records),
+        bytes_down=sum(r.bytes_down for r in records),
+        epsilon_max=max(epsilons) if epsilons else None,
+        best=asdict(state.best) if state.best else None,
+        metrics=metrics,
+        model_name=delivery.model_name,
+        model_path=str(folder.version_path(state.round).resolve()),
+        records_pending=delivery.pending,
+    )
