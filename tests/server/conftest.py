@@ -134,14 +134,6 @@ class WrittenRun:
         )
 
 
-@pytest.fixture(scope="session")
-def template_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty store; MLflow takes 5 s to make one."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    store.connect(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def runs_dir(tmp_path: Path, template_db: Path) -> Path:
     """A folder of runs with an empty store beside them."""
