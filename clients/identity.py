@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Context
 
 from conf.schema import NodesConfig, NodeSpec, from_json, to_json
 from trellis import canonical
-from trellis.errors import PolicyRefusal
+from trellis.errors import ConfigError, PolicyRefusal
 
 STATE = "trellis.node"
 SIMULATED = "simulated"
@@ -79,7 +79,10 @@ def _from_text(spec: str, store: str) -> Identity:
 def _from_file(path: str) -> Identity:
     import yaml
 
-    spec = from_json(NodeSpec, yaml.safe_load(Path(path).read_text()))
+    try:
+        spec = from_json(NodeSpec, yaml.safe_load(Path(path).read_text()))
+    except (OSError, yaml.YAMLError, ConfigError) as error:
+        raise PolicyRefusal("policy.identity", f"cannot read this node from {path}: {error}") from error
     if not spec.name:
         raise PolicyRefusal("policy.identity", f"{path} names no node: it needs at least `name: ...`")
     return Identity(spec, Path(path).resolve().parent / f"{spec.name}.store", simulated=False)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
@@ -15,9 +15,10 @@ from clients.identity import Identity
 from clients.policy import consent, consent_to_rows, task_of
 from clients.store import NodeStore, store_of
 from conf.schema import DataSource, NodeTask, from_json, to_json
-from sectors.base import NodeData, Place, Sector, num_rows
+from sectors.base import SPLITS, NodeData, Place, Sector, num_rows
 from sectors.params import initial_arrays
 from trellis import canonical, wire
+from trellis.errors import PolicyRefusal
 from trellis.types import Request
 from trellis.vectors import Arrays, Layout, digest
 
@@ -66,17 +67,22 @@ def evaluate(message: Message, context: Context) -> RecordDict:
 
 
 def enrol(message: Message, context: Context) -> RecordDict:
-    """Answer "who are you?": the name, and the number of training rows where the registry wants it."""
+    """Answer "who are you?": the name and, where the node consents to the task, how many rows it has.
+
+    A node that does not consent gives its name only; asked to train, it refuses and says why.
+    """
     asked = message.content.config_records[wire.CONFIG]
     if identity.is_simulated(context):
         identity.enrol(context, str(asked["federation"]), str(asked["store"]))
     node = identity.of(context)
-    reply: dict[str, Any] = {"name": node.spec.name}
-    if asked.get("count-rows"):
-        task = from_json(NodeTask, json.loads(str(asked[wire.NODE_CONFIG])))
+    reply: dict[str, str | int] = {"name": node.spec.name}
+    task = from_json(NodeTask, json.loads(str(asked[wire.NODE_CONFIG])))
+    with suppress(PolicyRefusal):
         consent(node.spec, task)
-        reply[wire.NUM_EXAMPLES] = num_rows(_data(node, task).train)
-    return RecordDict({wire.REPLY: ConfigRecord(reply)})
+        data = _data(node, task)
+        reply[wire.NUM_EXAMPLES] = num_rows(data.train)
+        reply[wire.NUM_ROWS] = sum(num_rows(data.split(name)) for name in SPLITS)
+    return RecordDict({wire.REPLY: ConfigRecord({**reply})})
 
 
 def _round(message: Message) -> int:

@@ -14,7 +14,7 @@ from flwr.clientapp.typing import ClientAppCallable
 from clients import identity
 from conf.schema import NodeSpec, NodeTask, from_json
 from trellis import wire
-from trellis.errors import PolicyRefusal, WireError
+from trellis.errors import ConfigError, PolicyRefusal, WireError
 from trellis.types import POLICY_CODES
 
 
@@ -38,11 +38,18 @@ def task_of(message: Message) -> NodeTask:
     """The node config of a message: of our request, or of `node-config` where Flower's own strategies send it."""
     request = wire.read_request(message)
     if request is not None:
-        return from_json(NodeTask, dict(request.config))
+        return _task(request.config)
     config = message.content.config_records.get(wire.CONFIG)
     if config is None or wire.NODE_CONFIG not in config:
         raise WireError("wrong_request", "the message has neither a request nor a `node-config`")
-    return from_json(NodeTask, json.loads(str(config[wire.NODE_CONFIG])))
+    return _task(config[wire.NODE_CONFIG])
+
+
+def _task(value: object) -> NodeTask:
+    try:
+        return from_json(NodeTask, json.loads(value) if isinstance(value, str) else value)
+    except (ConfigError, ValueError) as error:
+        raise WireError("wrong_request", f"cannot read the node config: {error}") from error
 
 
 def consent(spec: NodeSpec, task: NodeTask) -> None:
@@ -56,7 +63,7 @@ def consent(spec: NodeSpec, task: NodeTask) -> None:
         raise PolicyRefusal("policy.privacy", reason)
 
 
-def consent_to_rows(spec: NodeSpec, num_rows: int) -> None:
+def consent_to_rows(spec: NodeSpec, num_rows: float) -> None:
     """Raises PolicyRefusal when more rows would be trained on than the policy allows."""
     limit = spec.policy.max_examples
     if limit is not None and num_rows > limit:
@@ -68,5 +75,5 @@ def _check_reply(spec: NodeSpec, reply: Message) -> None:
     if reply.has_content():
         for record in reply.content.metric_records.values():
             declared = record.get(wire.NUM_EXAMPLES)
-            if isinstance(declared, int) and reply.metadata.message_type.startswith(MessageType.TRAIN):
+            if isinstance(declared, int | float) and reply.metadata.message_type.startswith(MessageType.TRAIN):
                 consent_to_rows(spec, declared)

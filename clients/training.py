@@ -6,6 +6,7 @@ one torch thread and on deterministic kernels, so the same request gives the sam
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +22,11 @@ from trellis.types import Counts
 from trellis.vectors import Arrays
 
 EVALUATION_BATCH = 1024
+
+# torch's optimizers shield their methods from its compiler, and import it for that: 2 s in every fresh process, so with
+# every message of a real federation.  Nothing is compiled here; the attribute is where torch keeps a shielded method.
+_add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+vars(_add_param_group).setdefault("__dynamo_disable", _add_param_group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +83,13 @@ def _epoch(
 ) -> float:
     total = 0.0
     device = next(model.parameters()).device
+    step = torch.no_grad()(inspect.unwrap(type(optimizer).step))  # without the shield
     for start in range(0, len(order), batch_size):
         batch = to_batch(rows, order[start : start + batch_size], device)
         losses = sector.losses(sector.forward(model, batch), batch)
-        optimizer.zero_grad()
+        model.zero_grad()
         losses.mean().backward()
-        optimizer.step()
+        step(optimizer)
         total += float(losses.detach().sum(dtype=torch.float64))
     return total / max(len(order), 1)
 

@@ -71,6 +71,7 @@ def choices(group: str) -> list[str]:
 
 
 def _guard(override: str) -> None:
+    override = override.strip()
     key, _, _ = override.partition("=")
     if "_target_" in override:
         raise ConfigError(f"override {override!r} names `_target_`: an override sets values, it never names code")
@@ -118,7 +119,7 @@ def _unknown_key(key: str) -> str:
     if key in known:
         group = key.partition(".")[0]
         return f"the chosen {group} has no setting {key!r}; choose another {group}: {', '.join(choices(group))}"
-    near = difflib.get_close_matches(key, [*known, *groups()], n=3)
+    near = difflib.get_close_matches(key, sorted({*known, *groups()}), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"groups: {', '.join(groups())}"
     return f"there is no setting {key!r}; {hint}"
 

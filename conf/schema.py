@@ -8,8 +8,11 @@ can read these types without it.
 from __future__ import annotations
 
 import dataclasses
+import types
+import typing
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from typing import Any, TypeVar
 
 from trellis import canonical
@@ -334,9 +337,10 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(cls: type[T], value: Any) -> T:
-    """Inverse of `to_json`: `from_json(cls, to_json(x)) == x`.  Unknown or missing keys raise ConfigError."""
-    import types
-    import typing
+    """Inverse of `to_json`: `from_json(cls, to_json(x)) == x`.
+
+    Unknown or missing keys, and values of another type, raise ConfigError.
+    """
 
     def build(kind: Any, v: Any) -> Any:
         origin = typing.get_origin(kind)
@@ -345,9 +349,11 @@ def from_json(cls: type[T], value: Any) -> T:
                 return None
             return build(next(k for k in typing.get_args(kind) if k is not type(None)), v)
         if origin is list:
+            # a text is a sequence too: `sectors: banks` must not become its letters
+            _require(isinstance(v, list | tuple), f"expected a list, found {v!r}")
             return [build(typing.get_args(kind)[0], item) for item in v]
         if dataclasses.is_dataclass(kind):
-            hints = typing.get_type_hints(kind)
+            hints = _hints(typing.cast(type, kind))
             _require(
                 isinstance(v, dict) and set(v) <= set(hints),
                 f"{getattr(kind, '__name__', kind)} does not have the keys of {v!r}",
@@ -355,12 +361,21 @@ def from_json(cls: type[T], value: Any) -> T:
             return kind(**{k: build(hints[k], item) for k, item in v.items()})  # type: ignore[operator]
         if isinstance(kind, type) and issubclass(kind, StrEnum):
             return kind(v)
-        return float(v) if kind is float else v
+        if kind is float and type(v) is int:
+            return float(v)
+        plain = typing.get_origin(kind) or kind
+        _require(plain is Any or type(v) is plain, f"expected {getattr(plain, '__name__', plain)}, found {v!r}")
+        return v
 
     try:
         return typing.cast(T, build(cls, value))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"cannot read a {cls.__name__} from {value!r}: {error}") from error
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def config_digest(config: RunConfig) -> str:

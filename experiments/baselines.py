@@ -12,7 +12,7 @@ from typing import Any
 
 from clients import training
 from conf.schema import DataSource, NodeSpec, RunConfig
-from sectors.base import NodeData, Place, Rows, Sector, concatenate, num_rows
+from sectors.base import NodeData, Place, Rows, Sector, concatenate
 from sectors.params import initial_arrays
 from server import build
 from trellis import canonical

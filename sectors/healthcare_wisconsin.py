@@ -9,6 +9,7 @@ Street, Wolberg, Mangasarian, 1993, https://doi.org/10.1117/12.148698
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -96,10 +97,7 @@ class HealthcareWisconsin(Binary):
     def read(self, paths: tuple[Path, ...]) -> pd.DataFrame:
         if paths:
             return files.read_csv(paths[0], (*INPUTS, "target"))
-        from sklearn.datasets import load_breast_cancer  # here: its import takes a second
-
-        packaged = load_breast_cancer()
-        return pd.DataFrame(packaged.data, columns=list(INPUTS)).assign(target=packaged.target)
+        return _packaged()
 
     def pool(self, table: pd.DataFrame) -> Pooled:
         return Pooled(self.features(table), {"radius": table["mean radius"].to_numpy()})
@@ -139,3 +137,17 @@ class HealthcareWisconsin(Binary):
         position = 1.0 / (1.0 + np.exp(1.0 - severity[:, None] * loading - rng.standard_normal((n, len(INPUTS))) * 0.8))
         table = pd.DataFrame(LOW + (HIGH - LOW) * position, columns=list(INPUTS))
         return table.assign(target=1 - malignant.astype(np.int64))
+
+
+def _packaged() -> pd.DataFrame:
+    """The rows that scikit-learn carries, from its file: importing scikit-learn takes a second of every start."""
+    folder = (getattr(find_spec("sklearn"), "submodule_search_locations", None) or [""])[0]
+    path = Path(folder) / "datasets" / "data" / "breast_cancer.csv"
+    if path.is_file():
+        types = {**dict.fromkeys(INPUTS, np.float64), "target": np.int64}
+        names = [*INPUTS, "target"]
+        return pd.read_csv(path, skiprows=1, header=None, names=names, dtype=types, float_precision="round_trip")
+    from sklearn.datasets import load_breast_cancer
+
+    packaged = load_breast_cancer()
+    return pd.DataFrame(packaged.data, columns=list(INPUTS)).assign(target=packaged.target)

@@ -24,14 +24,15 @@ from trellis.types import NodeInfo
 CONNECT_TIMEOUT_S = 120.0
 
 
-def enrol(grid: Grid, ask: Ask, config: RunConfig, *, store: str, count_rows: bool = False) -> list[NodeInfo]:
+def enrol(grid: Grid, ask: Ask, config: RunConfig, *, store: str) -> list[NodeInfo]:
     """Every connected node that the federation knows, sorted by name.
 
-    A name that two nodes claim belongs to neither; a name the federation does not list is left out, and so is a node
-    that does not count its rows where they must be counted.  Raises CohortTooSmall when no node is left.
+    Each registers the number of its rows, once a run: every count it declares later is held against it.  A name that
+    two nodes claim belongs to neither; a name the federation does not list is left out, and so is a node that registers
+    no rows where rows are weighed.  Raises CohortTooSmall when no node is left.
     """
     specs = {spec.name: spec for spec in config.nodes.expand()}
-    content = _question(config, store, count_rows)
+    content = _question(config, store)
     ids = _connected(grid, len(specs))
     messages = [Message(content=content, message_type=MessageType.QUERY, dst_node_id=node_id) for node_id in ids]
     claims: dict[str, list[NodeInfo]] = {}
@@ -48,12 +49,12 @@ def enrol(grid: Grid, ask: Ask, config: RunConfig, *, store: str, count_rows: bo
             )
             continue
         info = _info(spec, reply.metadata.src_node_id)
-        if count_rows:
-            rows = answer.get(wire.NUM_EXAMPLES)
-            if isinstance(rows, bool) or not isinstance(rows, int) or rows < 0:
-                problems.append(f"{spec.name} registered {str(rows)[:40]} rows, which rule.weighted=true needs")
-                continue
-            info = replace(info, max_examples=rows)
+        told = (answer.get(wire.NUM_EXAMPLES), answer.get(wire.NUM_ROWS))
+        if all(type(n) is int for n in told) and 0 <= told[0] <= told[1]:
+            info = replace(info, max_examples=told[0], num_rows=told[1])
+        elif config.rule.weighted:
+            problems.append(f"{spec.name} registered {str(told)[:60]} rows, which rule.weighted=true needs")
+            continue
         claims.setdefault(spec.name, []).append(info)
     problems += [f"{len(infos)} nodes call themselves {name}" for name, infos in claims.items() if len(infos) > 1]
     nodes = [infos[0] for _, infos in sorted(claims.items()) if len(infos) == 1]
@@ -72,11 +73,10 @@ def _connected(grid: Grid, expected: int) -> list[int]:
     return ids
 
 
-def _question(config: RunConfig, store: str, count_rows: bool) -> RecordDict:
+def _question(config: RunConfig, store: str) -> RecordDict:
     asked: dict[str, str | bool] = {
         "federation": canonical.encode(to_json(config.nodes)).decode(),
         "store": store,
-        "count-rows": count_rows,
         wire.NODE_CONFIG: canonical.encode(to_json(NodeTask.of(config))).decode(),
     }
     return RecordDict({wire.CONFIG: ConfigRecord({**asked})})

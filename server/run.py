@@ -106,7 +106,7 @@ def _train(
 
     strategy = build.strategy(config, sector, clock=clock, commit=commit)
     store = str(folder.nodes_path.resolve())
-    nodes = registry.enrol(grid, door(grid, clock), config, store=store, count_rows=config.rule.weighted)
+    nodes = registry.enrol(grid, door(grid, clock), config, store=store)
     return strategy.run(grid, state, nodes, rounds=config.rounds)
 
 

@@ -24,6 +24,8 @@ Check = Callable[[Update], Refusal | None]
 
 MAX_METRICS = 64
 MAX_METRIC_CHARS = 64
+MAX_COUNT = 1 << 50
+"""Above any count of a node's rows, and low enough that thousands of nodes' counts add up in an int64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,11 @@ def read_update(node: str, content: RecordDict, expected: Expected, *, out: Vect
     if expected.request is not None:
         _same_request(content, expected.request)
     metrics, num_examples = _read_metrics(content, expected)
+    update_d = _read_vector(content, expected, out) if expected.trains else None
     return Update(
         node=node,
-        update_d=_read_vector(content, expected, out) if expected.trains else None,
+        update_d=update_d,
+        norm=norm(update_d) if update_d is not None else None,
         num_examples=num_examples,
         metrics=metrics,
         counts=_read_counts(content, expected) if expected.counts is not None else {},
@@ -119,6 +123,9 @@ def _read_metrics(content: RecordDict, expected: Expected) -> tuple[dict[str, fl
     if known is not None and not set(record) <= known | {wire.NUM_EXAMPLES}:
         extra = sorted(set(record) - known - {wire.NUM_EXAMPLES})
         raise WireError("metrics", f"unknown metrics {extra[:3]}")
+    lists = sorted(k for k, v in record.items() if isinstance(v, list) and k != wire.NUM_EXAMPLES)
+    if lists and known is not None:
+        raise WireError("metrics", f"metrics {lists[:3]} are lists, expected numbers")
     metrics = {k: float(v) for k, v in record.items() if k != wire.NUM_EXAMPLES and not isinstance(v, list)}
     return metrics, _read_num_examples(record.get(wire.NUM_EXAMPLES))
 
@@ -141,8 +148,9 @@ def _read_counts(content: RecordDict, expected: Expected) -> dict[str, Counts]:
     for split in expected.splits:
         counts[split] = {k: wire.decode(record[f"{split}/{k}"], spec) for k, spec in specs.items()}
         for k, values in counts[split].items():
-            if not np.isfinite(cast(Any, values)).all() or (cast(Any, values) < 0).any():
-                raise WireError("counts", f"{split}/{k} has values that are negative or not finite")
+            numbers = cast(Any, values)
+            if not np.isfinite(numbers).all() or (numbers < 0).any() or (numbers > MAX_COUNT).any():
+                raise WireError("counts", f"{split}/{k} has values that are negative, above 2^50 or not finite")
     return counts
 
 
@@ -151,18 +159,25 @@ def _read_counts(content: RecordDict, expected: Expected) -> dict[str, Counts]:
 
 def finite(update: Update) -> Refusal | None:
     """No NaN, no infinity, in vector or metrics."""
-    if update.update_d is not None and not np.isfinite(update.update_d).all():
+    # A finite norm is a sum of finite squares.
+    if update.update_d is not None and not math.isfinite(_norm(update)):
         bad = int((~np.isfinite(update.update_d)).sum())
         return Refusal(update.node, "not_finite", f"{bad} of {update.update_d.size} coordinates are NaN or infinite")
     odd = sorted(k for k, v in update.metrics.items() if not math.isfinite(v))
     return Refusal(update.node, "metrics", f"metrics {odd[:3]} are NaN or infinite") if odd else None
 
 
+def _norm(update: Update) -> float:
+    if update.norm is not None or update.update_d is None:
+        return update.norm or 0.0
+    return norm(update.update_d)
+
+
 def norm_within(max_norm: float) -> Check:
     """The update's Euclidean norm is at most `max_norm`."""
 
     def check(update: Update) -> Refusal | None:
-        length = norm(update.update_d) if update.update_d is not None else 0.0
+        length = _norm(update)
         evidence = f"the update's norm is {length:.3g}, at most {max_norm:.3g} is allowed"
         return Refusal(update.node, "norm", evidence) if length > max_norm else None
 
@@ -170,13 +185,21 @@ def norm_within(max_norm: float) -> Check:
 
 
 def examples_within(nodes: Mapping[str, NodeInfo], *, default: int) -> Check:
-    """The declared counts are at most what the node registered, or `default` where it registered nothing."""
+    """Declared counts are at most what the node registered, or `default` where it registered nothing.
+
+    A training reply is held against its training rows, everything scored against all its rows.
+    """
 
     def check(update: Update) -> Refusal | None:
-        registered = nodes[update.node].max_examples if update.node in nodes else None
-        limit = default if registered is None else registered
-        declared = [update.num_examples, *(int(c["rows"]) for c in update.counts.values() if "rows" in c)]
-        evidence = f"{max(declared)} examples declared, at most {limit} are registered"
-        return Refusal(update.node, "num_examples", evidence) if max(declared) > limit else None
+        node = nodes.get(update.node)
+        most = default if node is None or node.num_rows is None else node.num_rows
+        trained = node.max_examples if node is not None and update.update_d is not None else None
+        limit = most if trained is None else trained
+        if update.num_examples > limit:
+            evidence = f"{update.num_examples} examples declared, at most {limit} are registered"
+            return Refusal(update.node, "num_examples", evidence)
+        scored = sum(int(c["rows"]) for c in update.counts.values() if "rows" in c)
+        evidence = f"{scored} scored rows declared, at most {most} are registered"
+        return Refusal(update.node, "num_examples", evidence) if scored > most else None
 
     return check

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,9 @@ class Clock(Protocol):
 
     def now(self) -> float: ...
 
-    def sleep(self, seconds: float) -> None: ...
+    def sleep(self, seconds: float, *, until: float = math.inf) -> None:
+        """Let `seconds` pass, but not beyond `until`; virtual time jumps to what happens next instead."""
+        ...
 
 
 class WallClock:
@@ -39,8 +42,8 @@ class WallClock:
     def now(self) -> float:
         return time.monotonic()
 
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
+    def sleep(self, seconds: float, *, until: float = math.inf) -> None:
+        time.sleep(max(min(seconds, until - self.now()), 0.0))
 
 
 class StoppedClock:
@@ -49,7 +52,7 @@ class StoppedClock:
     def now(self) -> float:
         return 0.0
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float, *, until: float = math.inf) -> None:
         time.sleep(seconds)
 
 
@@ -62,15 +65,15 @@ def door(grid: Grid, clock: Clock, *, poll_s: float = 0.05) -> Ask:
 
     def ask(messages: Sequence[Message], timeout_s: float) -> Iterator[Message]:
         deadline = clock.now() + timeout_s
-        outstanding = set(grid.push_messages(messages))
+        outstanding = dict.fromkeys(grid.push_messages(messages))
         while outstanding and clock.now() < deadline:
-            arrived = list(grid.pull_messages(sorted(outstanding)))
+            arrived = list(grid.pull_messages(outstanding.keys()))
             for reply in arrived:
                 if reply.metadata.reply_to_message_id in outstanding:
-                    outstanding.discard(reply.metadata.reply_to_message_id)
+                    del outstanding[reply.metadata.reply_to_message_id]
                     yield reply
             if not arrived:
-                clock.sleep(min(poll_s, max(deadline - clock.now(), 0.0)))
+                clock.sleep(poll_s, until=deadline)
 
     return ask
 
@@ -190,7 +193,7 @@ class _Ledger:
         good = sorted(self._updates)
         updates_nd = _compact(self._rows_nd, good) if self._expected.trains else self._rows_nd
         rows = [
-            Row((self._cohort[i].name,), update_d, weight=float(self._cohort[i].max_examples or 1))
+            Row((self._cohort[i].name,), update_d, weight=_weight(self._cohort[i]))
             for i, update_d in zip(good, updates_nd, strict=False)
         ]
         return Collected(
@@ -202,6 +205,11 @@ class _Ledger:
             bytes_down=0,
             seconds={},
         )
+
+
+def _weight(node: NodeInfo) -> float:
+    """The rows the node registered: none is 0; a node that registered no number counts 1."""
+    return 1.0 if node.max_examples is None else float(node.max_examples)
 
 
 def _read_reply(

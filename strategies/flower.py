@@ -31,6 +31,7 @@ from trellis.types import (
     Collected,
     NodeInfo,
     Observer,
+    Refusal,
     Request,
     Role,
     RoundRecord,
@@ -182,6 +183,8 @@ class RoundStrategy(Strategy):
         missing = [need for need in self.rule.needs if need not in offers]
         if missing:
             raise ConfigError(f"rule={self.rule.name} needs {missing}, which this run does not have")
+        if self.weighted and not any(row.weight for row in collected.rows):
+            raise CohortTooSmall(f"{found} good replies, but their nodes registered no rows: every weight is 0")
         updates_nd = collected.updates_nd
         for preaggregate in self.preaggregators:
             updates_nd = preaggregate(updates_nd, num_byzantine=self.num_byzantine)
@@ -224,26 +227,31 @@ class RoundStrategy(Strategy):
     ) -> Result:
         """Flower's entry point, for anyone's ClientApp: `strategy.start(grid, initial_arrays, num_rounds)`.
 
-        Metrics of a round's replies are averaged over nodes, unweighted, where every node reports them.
+        Metrics of a round's replies are averaged over nodes, unweighted, where every node reports them.  The last
+        model is evaluated once, at the end: `evaluate_metrics_clientapp[num_rounds]`.
         """
-        exchange = self.exchange
-        if isinstance(exchange, PlainExchange):
-            exchange = replace(exchange, timeout_s=timeout, config=_merged(exchange, train_config))
-        strategy = replace(self, exchange=exchange)
+        # a simulated Grid keeps its own time
+        clock = getattr(grid, "clock", self.clock)
+        strategy = replace(self, exchange=_sending(self.exchange, train_config, timeout), clock=clock)
+        closing = replace(strategy, exchange=_sending(self.exchange, evaluate_config, timeout))
         state = ServerState(run="flower", round=0, params=wire.from_record(initial_arrays))
         result = Result()
-        ask = door(grid, self.clock)
+        ask = door(grid, clock)
         if evaluate_fn and (first := evaluate_fn(0, initial_arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = first
         while state.round < num_rounds:
-            state, record = strategy.round(state, self._connected(grid), ask)
+            state, record = strategy.round(state, strategy._connected(grid), ask)
             strategy._commit(state, record)
-            for refusal in record.refusals:
-                log(INFO, "round %d: refused %s: %s, %s", state.round, refusal.node, refusal.reason, refusal.evidence)
+            _log_refusals(state.round, record.refusals)
             result.arrays = wire.to_record(state.params)
             result.train_metrics_clientapp[state.round] = _metric_record(record.base_metrics)
             if evaluate_fn and (found := evaluate_fn(state.round, result.arrays)) is not None:
                 result.evaluate_metrics_serverapp[state.round] = found
+        if state.round:
+            state, record = closing.close(state, strategy._connected(grid), ask)
+            strategy._commit(state, record)
+            _log_refusals(state.round, record.refusals)
+            result.evaluate_metrics_clientapp[state.round] = _metric_record(record.base_metrics)
         return result
 
     def configure_train(
@@ -252,7 +260,8 @@ class RoundStrategy(Strategy):
         """A round's messages, for Flower's own loop."""
         exchange = replace(self._plain(), config=_merged(self._plain(), config))
         state = ServerState(run="flower", round=server_round - 1, params=wire.from_record(arrays))
-        if self._open is not None:  # the optimizer's and the rule's memory live on from round to round
+        # the optimizer's and the rule's memory live on from round to round, not from run to run
+        if self._open is not None and server_round > 1:
             state = replace(self._open[2], round=server_round - 1, params=state.params)
         cohort = self.sampler(self._rng(state, "cohort"), self._connected(grid))
         request = self.request(state, cohort)
@@ -267,8 +276,7 @@ class RoundStrategy(Strategy):
             raise ConfigError(f"aggregate_train({server_round}) came before configure_train({server_round})")
         request, cohort, state = self._open
         collected = self._plain().read(request, cohort, replies, base=state.params)
-        for refusal in collected.refusals:
-            log(INFO, "refused %s: %s, %s", refusal.node, refusal.reason, refusal.evidence)
+        _log_refusals(server_round, collected.refusals)
         after, _, closed = self._step(state, collected)
         self._open = (request, cohort, after)
         if closed:
@@ -308,6 +316,17 @@ class RoundStrategy(Strategy):
         while len(ids := sorted(grid.get_node_ids())) < needed:
             self.clock.sleep(0.5)
         return [NodeInfo(f"{node_id:020d}", node_id) for node_id in ids]
+
+
+def _sending(exchange: Exchange, config: ConfigRecord | None, timeout: float) -> Exchange:
+    if not isinstance(exchange, PlainExchange):
+        return exchange
+    return replace(exchange, timeout_s=timeout, config=_merged(exchange, config))
+
+
+def _log_refusals(round_: int, refusals: Iterable[Refusal]) -> None:
+    for refusal in refusals:
+        log(INFO, "round %d: refused %s: %s, %s", round_, refusal.node, refusal.reason, refusal.evidence)
 
 
 def _merged(exchange: PlainExchange, config: ConfigRecord | None) -> dict[str, Any]:

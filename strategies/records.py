@@ -17,6 +17,7 @@ from trellis.types import (
     NodeInfo,
     Request,
     RoundRecord,
+    Row,
     ServerState,
     Update,
 )
@@ -49,6 +50,7 @@ def record(
     asked = (
         {n.name for n in cohort} | {u.node for u in updates} | {r.node for r in refusals if r.reason != "unknown_node"}
     )
+    norms = {u.node: u.norm for u in collected.updates}
     return RoundRecord(
         run=before.run,
         round=request.round,
@@ -62,10 +64,15 @@ def record(
         base_metrics={**mean_metrics(collected.updates), **score(scoring, updates)},
         node_metrics={u.node: {**u.metrics, **score(scoring, [u])} for u in updates},
         num_examples={u.node: u.num_examples for u in updates},
-        update_norms={row.members[0]: norm(row.update_d) for row in collected.rows if len(row.members) == 1},
+        update_norms={row.members[0]: _norm(row, norms) for row in collected.rows if len(row.members) == 1},
         bytes_up=collected.bytes_up + (judged.bytes_up if judged else 0),
         bytes_down=collected.bytes_down + (judged.bytes_down if judged else 0),
     )
+
+
+def _norm(row: Row, measured: Mapping[str, float | None]) -> float:
+    known = measured.get(row.members[0])
+    return norm(row.update_d) if known is None else known
 
 
 def score(scoring: Scoring | None, updates: Sequence[Update]) -> dict[str, float]:

@@ -25,7 +25,8 @@ def uniform(*, fraction: float, min_nodes: int = 1) -> Sampler:
     """ceil(fraction * n) active nodes without replacement, at least `min_nodes` where there are so many."""
 
     def sample(rng: np.random.Generator, nodes: Sequence[NodeInfo]) -> list[NodeInfo]:
-        return _draw(rng, _active(nodes), fraction, min_nodes)
+        active = _active(nodes)
+        return _choose(rng, active, cohort_size(len(active), fraction, min_nodes))
 
     return sample
 
@@ -37,8 +38,7 @@ def by_availability(*, fraction: float = 1.0, min_nodes: int = 1) -> Sampler:
         active = _active(nodes)
         coins = rng.random(len(active))
         reachable = [node for node, coin in zip(active, coins, strict=True) if coin < node.availability]
-        size = max(ceil(fraction * len(active)), min_nodes)
-        return _choose(rng, reachable, min(size, len(reachable)))
+        return _choose(rng, reachable, min(cohort_size(len(active), fraction, min_nodes), len(reachable)))
 
     return sample
 
@@ -47,8 +47,10 @@ def _active(nodes: Sequence[NodeInfo]) -> list[NodeInfo]:
     return sorted((n for n in nodes if n.status == "active"), key=lambda n: n.name)
 
 
-def _draw(rng: np.random.Generator, nodes: list[NodeInfo], fraction: float, min_nodes: int) -> list[NodeInfo]:
-    return _choose(rng, nodes, min(len(nodes), max(ceil(fraction * len(nodes)), min_nodes)))
+def cohort_size(num_nodes: int, fraction: float, min_nodes: int) -> int:
+    """max(ceil(fraction * n), min_nodes), at most n."""
+    # rounded first: 0.07 * 100 is 7.000000000000001 in binary, and 7 % of 100 nodes are 7
+    return min(num_nodes, max(ceil(round(fraction * num_nodes, 9)), min_nodes))
 
 
 def _choose(rng: np.random.Generator, nodes: list[NodeInfo], size: int) -> list[NodeInfo]:

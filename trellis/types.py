@@ -101,9 +101,9 @@ class NodeInfo:
     availability: float = 1.0
     public_key: str = ""
     max_examples: int | None = None
-    """Cap on every count of examples it declares."""
-    num_examples: int | None = None
-    """Training rows it registered: its weight, where rows are weighed."""
+    """Training rows it registered: the most it may declare, and its weight where rows are weighed."""
+    num_rows: int | None = None
+    """All rows it registered: the most it may score."""
     status: str = "active"
 
 
@@ -170,6 +170,8 @@ class Update:
     """Additive counts by split ("validation", "test")."""
     size_bytes: int = 0
     seconds: float = 0.0
+    norm: float | None = None
+    """Euclidean norm of `update_d`, measured once; None: not measured."""
 
 
 @dataclass(frozen=True, slots=True)

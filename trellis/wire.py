@@ -31,7 +31,8 @@ from trellis.types import PROTOCOL, Counts, Purpose, Request
 from trellis.vectors import Arrays, TensorSpec
 
 ARRAYS, METRICS, CONFIG, COUNTS, REPLY = "arrays", "metrics", "config", "counts", "reply"
-ROUND, REQUEST, NUM_EXAMPLES, NODE_CONFIG = "server-round", "request", "num-examples", "node-config"
+ROUND, REQUEST, NODE_CONFIG = "server-round", "request", "node-config"
+NUM_EXAMPLES, NUM_ROWS = "num-examples", "num-rows"
 HEADER_BYTES = 1024
 """More than any .npy header of ours."""
 
@@ -133,21 +134,26 @@ def read_request(message: Message) -> Request | None:
     if config is None or REQUEST not in config:
         return None
     try:
-        fields = json.loads(cast(str, config[REQUEST]))
-        if fields["protocol"] != PROTOCOL:
-            raise WireError("wrong_request", f"protocol {fields['protocol']}, this node speaks {PROTOCOL}: update it")
-        return Request(
-            run=str(fields["run"]),
-            round=int(fields["round"]),
-            purpose=cast(Purpose, fields["purpose"]),
-            base=str(fields["base"]),
-            config=fields["config"],
-            members=tuple(fields["members"]),
-            splits=tuple(fields["splits"]),
-            key_index=fields["key_index"],
-        )
+        return _parsed(cast(str, config[REQUEST]))
     except (KeyError, TypeError, ValueError) as error:
         raise WireError("wrong_request", f"cannot read the request: {error!r}") from error
+
+
+@lru_cache(maxsize=8)  # every mod of every simulated node reads the one request of the round, with all its members
+def _parsed(text: str) -> Request:
+    fields = json.loads(text)
+    if fields["protocol"] != PROTOCOL:
+        raise WireError("wrong_request", f"protocol {fields['protocol']}, this node speaks {PROTOCOL}: update it")
+    return Request(
+        run=str(fields["run"]),
+        round=int(fields["round"]),
+        purpose=cast(Purpose, fields["purpose"]),
+        base=str(fields["base"]),
+        config=fields["config"],
+        members=tuple(fields["members"]),
+        splits=tuple(fields["splits"]),
+        key_index=fields["key_index"],
+    )
 
 
 # ---------------------------------------------------------------- replies

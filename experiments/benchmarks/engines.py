@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +135,11 @@ def client() -> ClientApp:
         metrics = MetricRecord({"num-examples": 1})
         return Message(RecordDict({"arrays": message.content["arrays"], "metrics": metrics}), reply_to=message)
 
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        """For the closing evaluation of our strategy, after the last round that is timed."""
+        return Message(RecordDict({"metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+
     return app
 
 
@@ -140,7 +147,7 @@ def _on_ray(num_nodes: int, rounds: int) -> list[float]:
     import warnings
 
     from flwr.app import Context
-    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp import ServerApp
     from flwr.simulation import run_simulation
 
     seconds: list[float] = []
@@ -181,7 +188,7 @@ def _timed(rounds: int, start: Callable[[Callable[[int, ArrayRecord], MetricReco
     start(ended)
     if len(ends) != rounds + 1:
         raise RuntimeError(f"{rounds} rounds were asked for, {len(ends) - 1} ended")
-    return [after - before for before, after in zip(ends, ends[1:], strict=False)]
+    return [after - before for before, after in pairwise(ends)]
 
 
 def _model() -> ArrayRecord:
@@ -195,10 +202,8 @@ def _mark_first() -> None:
     path = Path(os.environ[FIRST])
     own = path.with_suffix(f".{os.getpid()}")
     own.write_text(repr(time.time()))
-    try:
+    with suppress(FileExistsError):  # another process was the first
         os.link(own, path)
-    except FileExistsError:  # another process was the first
-        pass
 
 
 # ---------------------------------------------------------------- the table

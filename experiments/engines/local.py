@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any
 from uuid import uuid4
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.proto.node_pb2 import NodeInfo as FlowerNode
@@ -158,7 +158,7 @@ class LocalGrid(Grid):
         while self._arrivals and self._arrivals[0].at <= self.clock.now():
             reply = heapq.heappop(self._arrivals).reply
             self._mailbox[reply.metadata.reply_to_message_id] = reply
-        wanted = set(message_ids)
+        wanted = message_ids if isinstance(message_ids, Set) else set(message_ids)
         return [self._mailbox.pop(sent) for sent in list(self._mailbox) if sent in wanted]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
@@ -230,8 +230,6 @@ class LocalGrid(Grid):
             return _crashed(message, error), None
 
     def _deliver(self, sent_at: float, message: Message, reply: Message) -> None:
-        if reply.has_content():
-            reply.content = _own_records(reply.content)
         # Whose reply it is, and to what, is for the network to say, not for the node.
         reply.metadata.__dict__.update(
             _message_id=uuid4().hex,
@@ -252,6 +250,8 @@ def call(app: ClientApp | None, message: Message, context: Context | None) -> tu
         reply = app(message, context)
         if not isinstance(reply, Message):
             raise TypeError(f"the ClientApp returned a {type(reply).__name__}, not a Message")
+        if reply.has_content():
+            reply.content = _own_records(reply.content)
         return reply, context
     except (Exception, SystemExit) as error:  # as in Flower's engines: a client's exception is its reply
         reason = f"{type(error).__name__}: {error}"
@@ -287,19 +287,16 @@ def _own_copy(message: Message) -> Message:
 
 
 def _own_records(content: RecordDict) -> RecordDict:
-    records: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {}
+    own = content.copy()
     for name, record in content.items():
-        if isinstance(record, ArrayRecord):
-            records[name] = ArrayRecord({k: Array(a.dtype, a.shape, a.stype, a.data) for k, a in record.items()})
-        elif isinstance(record, MetricRecord):
-            records[name] = MetricRecord(_own_lists(record))
-        else:
-            records[name] = ConfigRecord(_own_lists(record))
-    return RecordDict(records)
-
-
-def _own_lists(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, list) else v for k, v in record.items()}
+        copy: Any = record.copy()  # not a new record: its values were checked when they came in
+        own[name] = copy
+        for key, value in record.items():
+            if isinstance(value, Array):
+                copy[key] = Array(value.dtype, value.shape, value.stype, value.data)
+            elif isinstance(value, list):
+                copy[key] = list(value)
+    return own
 
 
 # ---------------------------------------------------------------- worker processes

@@ -1,0 +1,171 @@
+"""Composing a run: every shipped file, what overrides may not do, and what an error says."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+
+from conf import load as loading
+from conf.load import choices, groups, load, sweep
+from conf.schema import RunConfig, TrainingConfig
+from server import build
+from strategies.exchange import WallClock
+from strategies.flower import RoundStrategy
+from trellis.errors import ConfigError
+
+OPTIONS = [(group, option) for group in groups() for option in choices(group)]
+
+
+def built(config: RunConfig) -> RoundStrategy:
+    return build.strategy(config, build.check(config), clock=WallClock(), commit=lambda state, record: None)
+
+
+def test_there_is_a_folder_for_every_noun() -> None:
+    nouns = "attack engine experiment nodes privacy rule sampler sector server_optimizer tracking"
+    assert set(nouns.split()) <= set(groups())
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_shipped_option_composes_and_builds(group: str, option: str) -> None:
+    # nodes=consortium: some rules and experiments need more rows than the pilot's three
+    first = [] if group in ("nodes", "experiment") else ["nodes=consortium"]
+    strategy = built(load([*first, f"{group}={option}"]))
+    assert strategy.node_config["sector"] in choices("sector")
+
+
+def test_the_defaults_are_the_pilot_on_real_rows() -> None:
+    config = load()
+    assert (config.nodes.name, config.data, config.rule.name, config.num_byzantine) == ("pilot", "real", "mean", 0)
+    assert isinstance(config.sector.training, TrainingConfig)
+
+
+def test_rounds_follow_the_sector_unless_set() -> None:
+    assert load(["sector=banks"]).rounds == load(["sector=banks"]).sector.rounds
+    assert load(["sector=banks", "rounds=3"]).rounds == 3
+    assert load(["experiment=demo"]).rounds == 8
+    assert load(["experiment=demo", "rounds=2"]).rounds == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("sector._target_=os.system", "_target_"),
+        ("+x._target_=pandas.read_pickle", "_target_"),
+        ("sector.options={_target_: os.system}", "_target_"),
+        ("run_name=${oc.env:HOME}", "interpolates"),
+        ("run_name='${oc.env:HOME}'", "interpolates"),
+        ("hydra.run.dir=/tmp", "Hydra itself"),
+        ("+hydra.x=1", "Hydra itself"),
+        ("++hydra.x=1", "Hydra itself"),
+        ("hydra/launcher=joblib", "Hydra itself"),
+        (" hydra.run.dir=/tmp", "Hydra itself"),
+        ("~rule", "deletes"),
+        (" ~rule.name", "deletes"),
+    ],
+)
+def test_an_override_is_data_and_never_code(override: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load([override])
+    with pytest.raises(ConfigError, match=reason):
+        sweep([override])
+
+
+def test_no_shipped_file_names_a_target() -> None:
+    for group, option in OPTIONS:
+        assert "_target_" not in (loading.resources.files("conf") / group / f"{option}.yaml").read_text()
+
+
+@pytest.mark.parametrize("group", [g for g in groups() if g != "experiment"])
+def test_an_unknown_option_is_answered_with_the_choices(group: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        load([f"{group}=nosuchthing"])
+    assert f"{group}=nosuchthing does not exist" in str(found.value)
+    assert all(option in str(found.value) for option in choices(group))
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [("rouds=3", "rounds"), ("sector.training.lrr=1", "sector.training.lr"), ("num_byzantin=1", "num_byzantine")],
+)
+def test_an_unknown_key_is_answered_with_the_near_one(typo: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"did you mean {meant}( |\\?)"):
+        load([typo])
+
+
+def test_a_suggestion_is_made_once() -> None:
+    with pytest.raises(ConfigError) as found:
+        load(["rouds=3"])
+    assert str(found.value).count("nodes") <= 1
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("rounds=abc", "rounds"),
+        ("num_byzantine=1.5", "num_byzantine"),
+        ("data=fake", "real, synthetic"),
+        ("sector.training.lr=true", "sector.training.lr"),
+        ("engine.name=cloud", "local, ray"),
+        ("rounds=null", "rounds"),
+        ("rounds=0", "rounds is 0"),
+        ("num_byzantine=-1", "num_byzantine is -1"),
+        ("min_replies=0", "min_replies is 0"),
+        ("round_timeout_s=0", "round_timeout_s"),
+        ("sector.training.batch_size=0", "batch_size is 0"),
+        ("sector.training.lr=0", "training.lr"),
+        ("sector.training.max_examples=0", "max_examples is 0"),
+        ("+foo=1", "foo"),
+        ("seed", "seed"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named(override: str, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        load([override])
+
+
+def test_composing_in_eight_threads_at_once_gives_each_its_own() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        configs = list(pool.map(lambda seed: load([f"seed={seed}"]), range(8)))
+    assert [c.seed for c in configs] == list(range(8))
+
+
+def test_composing_inside_another_hydra_gives_it_back() -> None:
+    with initialize_config_module("conf", version_base="1.3"):
+        outer = GlobalHydra.instance().hydra
+        assert load(["seed=5"]).seed == 5
+        assert GlobalHydra.instance().hydra is outer
+        with pytest.raises(ConfigError):
+            load(["rule=nosuchrule"])
+        assert GlobalHydra.instance().hydra is outer
+        assert compose(config_name="config", overrides=["seed=6"]).seed == 6
+    assert GlobalHydra.instance().hydra is None
+
+
+@pytest.mark.parametrize(
+    ("written", "runs"),
+    [
+        ([], [[]]),
+        (["seed=3"], [["seed=3"]]),
+        (["seed=0,1"], [["seed=0"], ["seed=1"]]),
+        (["seed=range(1,4)"], [["seed=1"], ["seed=2"], ["seed=3"]]),
+        (
+            ["seed=0,1", "sector=banks,healthcare_wisconsin"],
+            [[f"seed={s}", f"sector={n}"] for s in (0, 1) for n in ("banks", "healthcare_wisconsin")],
+        ),
+        (["run_name='a b','c'"], [["run_name='a b'"], ["run_name='c'"]]),
+        (["sector.options.hidden=[1,2]"], [["sector.options.hidden=[1,2]"]]),
+        (["sector.options.hidden=[8],[4,4]"], [["sector.options.hidden=[8]"], ["sector.options.hidden=[4,4]"]]),
+    ],
+)
+def test_a_sweep_is_the_product_of_its_choices_in_the_order_written(written: list[str], runs: list[list[str]]) -> None:
+    assert sweep(written) == runs
+    for run in runs:
+        load(run)
+
+
+def test_a_sweep_is_not_one_run() -> None:
+    with pytest.raises(ConfigError, match="seed=1,2"):
+        load(["seed=1,2"])

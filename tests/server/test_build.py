@@ -1,0 +1,78 @@
+"""Promises between fields are checked before anything starts, and scores come from summed counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import sectors
+from conf.load import load
+from conf.schema import HeldOutConfig, NodesConfig, NodeSpec, NodeTask, to_json
+from server import build
+from strategies.exchange import PlainExchange, WallClock
+from trellis.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["num_byzantine=1"], r"rule=mean tolerates no liar, but num_byzantine=1"),
+        (["min_replies=4"], r"at most 3 of 3 training nodes, but 4 are needed"),
+        (["nodes=consortium", "sampler=uniform", "min_replies=3"], r"at most 2 of 10"),
+        (["device=cuda:99"], r"device=cuda:99 cannot be used here"),
+        (["device=toaster"], r"device=toaster cannot be used here"),
+        (["rule.name=mode"], r"no rule 'mode'"),
+        (["sampler.name=oracle"], r"no sampler 'oracle'"),
+        (["server_optimizer.name=lion"], r"no server optimizer 'lion'"),
+        (["sector.name=weather"], r"unknown sector 'weather'"),
+        (["attack.name=sign_flop"], r"attack=sign_flop does not exist"),
+        (["nodes.items=[]"], r"`items` or a `count`"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_before_it_starts(overrides: list[str], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        build.check(load(overrides))
+
+
+def test_held_out_nodes_are_no_cohort() -> None:
+    config = load(["min_replies=8"])
+    nodes = NodesConfig(count=10, template=NodeSpec(name="n{index}"), held_out=HeldOutConfig(0.2, 0.2))
+    with pytest.raises(ConfigError, match="of 6 training nodes"):
+        build.check(replace(config, nodes=nodes))
+
+
+def test_the_strategy_holds_what_the_config_says() -> None:
+    config = load(["nodes=consortium", "min_replies=3", "checks.max_update_norm=7", "round_timeout_s=9"])
+    strategy = build.strategy(config, build.check(config), clock=WallClock(), commit=lambda state, record: None)
+    assert isinstance(strategy.exchange, PlainExchange)
+    assert (strategy.exchange.native, strategy.exchange.timeout_s, strategy.exchange.max_update_norm) == (True, 9, 7)
+    assert (strategy.rule.name, strategy.min_replies, strategy.weighted) == ("mean", 3, False)
+    assert strategy.node_config == to_json(NodeTask.of(config))
+
+
+# ---------------------------------------------------------------- scores
+
+
+@pytest.mark.parametrize("name", sectors.names())
+def test_no_counts_that_pass_the_checks_can_break_a_score(name: str) -> None:
+    # a node may lie about its counts: any that are not negative reach the score
+    sector = sectors.get(name)
+    scoring = build.scoring(sector)
+    rng = np.random.default_rng(0)
+    for kind in range(60):
+        counts = {}
+        for key, spec in sector.all_counts().items():
+            value = rng.integers(0, [1, 2, 100, 1 << 50][rng.integers(4)], spec.shape)
+            counts[key] = np.asarray(value * (rng.random(spec.shape) < 0.1 * (kind % 11)), spec.dtype)
+        metrics = scoring.metrics(counts)
+        assert all(np.isfinite(v) for v in metrics.values()), (kind, metrics)
+
+
+def test_the_loss_is_the_mean_over_all_rows() -> None:
+    sector = sectors.get("healthcare_wisconsin")
+    counts = {k: np.zeros(s.shape, s.dtype) for k, s in sector.all_counts().items()}
+    assert build.scoring(sector).metrics(counts) == {}
+    counts |= {"rows": np.asarray(4), "loss_sum": np.asarray(3.0)}
+    assert build.scoring(sector).metrics(counts)["loss"] == 0.75
