@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -100,6 +101,7 @@ class PlainExchange:
     counts: Mapping[str, TensorSpec] | None = None
     metrics: frozenset[str] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    _matrix: _Matrix = field(default_factory=lambda: _Matrix(), repr=False, compare=False)
 
     def collect(self, request: Request, cohort: Sequence[NodeInfo], ask: Ask, *, base: Arrays) -> Collected:
         """Ask the cohort, check every reply, lay the good updates out as rows sorted by name."""
@@ -138,7 +140,8 @@ class PlainExchange:
     ) -> Collected:
         """Replies, in any order, -> rows, updates and refusals.  `cohort` is sorted by name."""
         expected = self.expected(request, base)
-        ledger = _Ledger(cohort, expected, self._checks(cohort))
+        shape = (len(cohort) if expected.trains else 0, expected.layout.dim)
+        ledger = _Ledger(cohort, expected, self._checks(cohort), self._matrix.take(shape))
         for reply in replies:
             ledger.enter(reply)
         return ledger.collected()
@@ -152,15 +155,36 @@ class PlainExchange:
         )
 
 
+class _Matrix:
+    """The (n, d) matrix of the last round, handed out again where nobody holds a row of it any more.
+
+    Fresh memory costs a page fault every 4 kB: at d = 1e5 that is more than reading a reply.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[npt.NDArray[np.float32]] = []
+
+    def take(self, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+        # 2: the list and the argument of getrefcount; every view of the matrix, a row, would be one more
+        if self._kept and self._kept[0].shape == shape and sys.getrefcount(self._kept[0]) == 2:
+            return self._kept[0]
+        self._kept = [np.empty(shape, np.float32)]
+        return self._kept[0]
+
+
 class _Ledger:
     """The open books of one exchange: who replied, and the matrix their vectors go into as they arrive."""
 
     def __init__(
-        self, cohort: Sequence[NodeInfo], expected: checks.Expected, update_checks: tuple[checks.Check, ...]
+        self,
+        cohort: Sequence[NodeInfo],
+        expected: checks.Expected,
+        update_checks: tuple[checks.Check, ...],
+        rows_nd: npt.NDArray[np.float32],
     ) -> None:
         self._cohort, self._expected, self._checks = cohort, expected, update_checks
         self._index = {node.node_id: i for i, node in enumerate(cohort)}
-        self._rows_nd = np.empty((len(cohort) if expected.trains else 0, expected.layout.dim), np.float32)
+        self._rows_nd = rows_nd
         self._updates: dict[int, Update] = {}
         self._refusals: dict[int, Refusal] = {}
         self._strays: list[Refusal] = []

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from copy import copy as shallow
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -293,7 +294,7 @@ def _own_records(content: RecordDict) -> RecordDict:
         own[name] = copy
         for key, value in record.items():
             if isinstance(value, Array):
-                copy[key] = Array(value.dtype, value.shape, value.stype, value.data)
+                copy[key] = shallow(value)  # an Array of its own over the same immutable bytes
             elif isinstance(value, list):
                 copy[key] = list(value)
     return own
