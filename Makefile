@@ -32,8 +32,8 @@ check: $(STAMP)  ## Formatting, lint, types, import layers
 	@$(BIN)/lint-imports
 
 bench: $(STAMP)  ## Engine and tracking benchmarks, against Flower's own simulation in the same run
-	@$(RUN) $(BIN)/python -m experiments.benchmarks.engines
-	@$(RUN) $(BIN)/python -m experiments.benchmarks.tracking
+	@status=0; for table in engines tracking; do \
+	  $(RUN) $(BIN)/python -m experiments.benchmarks.$$table || status=1; done; exit $$status
 
 ui: $(STAMP)  ## The MLflow UI on the recorded runs
 	@$(RUN) $(BIN)/trellis ui

@@ -106,14 +106,14 @@ def _read_vector(content: RecordDict, expected: Expected, out: Vector | None) ->
 
 
 def _only_arrays(content: RecordDict) -> ArrayRecord:
-    records = [r for name, r in content.array_records.items() if name != wire.COUNTS]
+    records = [r for name, r in content.items() if isinstance(r, ArrayRecord) and name != wire.COUNTS]
     if len(records) != 1:
         raise WireError("wrong_records", f"a training reply has one record of arrays, found {len(records)}")
     return records[0]
 
 
 def _read_metrics(content: RecordDict, expected: Expected) -> tuple[dict[str, float], int]:
-    records = list(content.metric_records.values())
+    records = [r for r in content.values() if isinstance(r, MetricRecord)]
     if len(records) != 1:
         raise WireError("wrong_records", f"a reply has one record of metrics, found {len(records)}")
     record: MetricRecord = records[0]

@@ -288,7 +288,7 @@ def _own_copy(message: Message) -> Message:
 
 
 def _own_records(content: RecordDict) -> RecordDict:
-    own = content.copy()
+    own = RecordDict()
     for name, record in content.items():
         copy: Any = record.copy()  # not a new record: its values were checked when they came in
         own[name] = copy

@@ -25,13 +25,16 @@ def mean(updates_nd: npt.NDArray[np.float32], *, num_byzantine: int = 0, weights
     if w.shape != (n,) or not np.isfinite(w).all() or (w < 0).any() or w.sum() <= 0:
         raise ValueError(f"weights must be {n} finite numbers, none negative, not all zero; found {w}")
     w = w / w.sum()
-    total = np.zeros(d, np.float64)
+    uniform = bool((w == w[0]).all())
+    mean_d = np.empty(d, np.float32)
     for start in range(0, d, BLOCK):
-        block = total[start : start + BLOCK]
-        # Row by row, not a matrix product: the sum does not depend on a BLAS or its threads.
+        columns = slice(start, start + BLOCK)
+        total = np.zeros(mean_d[columns].shape, np.float64)
+        # Row by row, not a matrix product: the sum depends on no BLAS, no thread, no memory layout.
         for i in range(n):
-            block += w[i] * updates_nd[i, start : start + BLOCK]
-    return Aggregated(total.astype(np.float32), weights_n=w)
+            total += updates_nd[i, columns] if uniform else w[i] * updates_nd[i, columns]
+        mean_d[columns] = total * w[0] if uniform else total
+    return Aggregated(mean_d, weights_n=w)
 
 
 MEAN = RuleSpec(
