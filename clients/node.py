@@ -18,9 +18,12 @@ from conf.schema import DataSource, NodeTask, from_json, to_json
 from sectors.base import SPLITS, NodeData, Place, Sector, num_rows
 from sectors.params import initial_arrays
 from trellis import canonical, wire
-from trellis.errors import PolicyRefusal
-from trellis.types import Request
+from trellis.errors import PolicyRefusal, WireError
+from trellis.types import Purpose, Request
 from trellis.vectors import Arrays, Layout, digest
+
+EVALUATED = {"validation", "test"}
+"""Splits a request may ask about."""
 
 
 def train(message: Message, context: Context) -> RecordDict:
@@ -30,8 +33,7 @@ def train(message: Message, context: Context) -> RecordDict:
     sector, data = _sector(task), _data(node, task)
     used = min(num_rows(data.train), task.training.max_examples or num_rows(data.train))
     consent_to_rows(node.spec, used)
-    shared = wire.from_record(message.content.array_records[wire.ARRAYS])
-    base_digest = digest(shared)
+    shared, base_digest = _received(message, request, "train")
     store = store_of(node)
     base = _with_local(sector, task, shared, store, base_digest)
     round_ = request.round if request else _round(message)
@@ -55,8 +57,8 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     node, task = identity.of(context), task_of(message)
     request = wire.read_request(message)
     sector, data = _sector(task), _data(node, task)
-    shared = wire.from_record(message.content.array_records[wire.ARRAYS])
-    base = _with_local(sector, task, shared, store_of(node), digest(shared))
+    shared, base_digest = _received(message, request, "evaluate")
+    base = _with_local(sector, task, shared, store_of(node), base_digest)
     splits = request.splits if request else ("validation",)
     counts = {s: training.evaluate(sector, base, data.split(s), device=task.device) for s in splits}
     rows = sum(int(c["rows"]) for c in counts.values())
@@ -83,6 +85,24 @@ def enrol(message: Message, context: Context) -> RecordDict:
         reply[wire.NUM_EXAMPLES] = num_rows(data.train)
         reply[wire.NUM_ROWS] = sum(num_rows(data.split(name)) for name in SPLITS)
     return RecordDict({wire.REPLY: ConfigRecord({**reply})})
+
+
+def _received(message: Message, request: Request | None, purpose: Purpose) -> tuple[Arrays, str]:
+    """The params of a message and their digest.  Raises WireError when the request is not about them or for this."""
+    arrays = message.content.array_records.get(wire.ARRAYS)
+    if arrays is None:
+        raise WireError("wrong_request", "the message carries no params")
+    shared = wire.from_record(arrays)
+    found = digest(shared)
+    if request is not None:
+        if request.base != found:
+            raise WireError(
+                "wrong_request", f"the params' digest is {found[:12]}, the request says {request.base[:12]}"
+            )
+        if request.purpose != purpose or not set(request.splits) <= EVALUATED:
+            asked = f"{request.purpose} on {list(request.splits)}"
+            raise WireError("wrong_request", f"a {purpose} message that asks to {asked}")
+    return shared, found
 
 
 def _round(message: Message) -> int:

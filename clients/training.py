@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from conf.schema import OptimizerName, TrainingConfig
-from sectors.base import Rows, Sector, num_rows, to_batch
+from sectors.base import LOSS_MAX, Rows, Sector, num_rows, to_batch
 from sectors.params import arrays_of, load_into, reproducible
 from trellis.types import Counts
 from trellis.vectors import Arrays
@@ -66,7 +66,7 @@ def evaluate(sector: Sector, params: Arrays, rows: Rows, *, device: str = "cpu")
             losses = sector.losses(outputs, batch)
             found = {
                 **sector.counts(outputs, batch),
-                "loss_sum": losses.sum(dtype=torch.float64).cpu().numpy(),
+                "loss_sum": losses.nan_to_num(nan=LOSS_MAX).clamp(0.0, LOSS_MAX).sum(dtype=torch.float64).cpu().numpy(),
                 "rows": np.asarray(len(losses), np.int64),
             }
             totals = {k: np.asarray(totals[k] + found[k], totals[k].dtype) for k in totals}

@@ -11,6 +11,7 @@ had been scored in one place, and they are all that leaves a node under secure a
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,12 +28,15 @@ from sectors import files, partition
 from trellis import canonical
 from trellis.errors import ConfigError, DataError
 from trellis.types import Counts, MetricSpec, Role
-from trellis.vectors import TensorSpec
+from trellis.vectors import CountSpec
 
 Rows = dict[str, npt.NDArray[Any]]
 Batch = dict[str, Tensor]
 
 SPLITS = ("train", "validation", "test")
+
+LOSS_MAX = 100.0
+"""Where a row's loss is cut in evaluation: no row, and no liar, outweighs all others in the mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +152,16 @@ class Sector(ABC):
         """The shared data files; none when the data come with a package.  Raises MissingData."""
         return ()
 
+    def fingerprint(self, synthetic: bool) -> str:
+        """sha256 of the shared rows: of the files' bytes, or of what they are generated or packaged from.
+
+        A run is continued on the data it was started with.
+        """
+        if synthetic:
+            return canonical.digest(["synthetic", self.name, self.split_seed, getattr(self, "synthetic_rows", None)])
+        paths = self.files()
+        return _digest_of(paths, tuple(files.stamp(p) for p in paths)) if paths else canonical.digest([self.name])
+
     @abstractmethod
     def read(self, paths: tuple[Path, ...]) -> Any:
         """The raw table of `files()`, or of a node's own file, with the published columns.  Raises DataError."""
@@ -185,12 +199,12 @@ class Sector(ABC):
         """Additive counts of a batch, beside those the library keeps (`loss_sum`, `rows`)."""
 
     @abstractmethod
-    def count_specs(self) -> tuple[TensorSpec, ...]:
+    def count_specs(self) -> tuple[CountSpec, ...]:
         """Name, shape and dtype of what `counts` returns: the server refuses a reply that has anything else."""
 
-    def all_counts(self) -> dict[str, TensorSpec]:
+    def all_counts(self) -> dict[str, CountSpec]:
         """`count_specs` and the library's own counts, by name."""
-        own = (TensorSpec("loss_sum", (), "float64"), TensorSpec("rows", (), "int64"))
+        own = (CountSpec("loss_sum", (), "float64", LOSS_MAX), CountSpec("rows", (), "int64"))
         return {spec.name: spec for spec in (*self.count_specs(), *own)}
 
     @abstractmethod
@@ -239,6 +253,16 @@ def _source(sector: Sector, place: Place) -> _Source:
         return _Source((), (), synthetic=True)
     paths = sector.files()
     return _Source(paths, tuple(files.stamp(p) for p in paths), synthetic=False)
+
+
+@lru_cache(maxsize=8)
+def _digest_of(paths: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> str:
+    """sha256 over the bytes of files, read once while their stamps stay."""
+    h = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            h.update(hashlib.file_digest(file, "sha256").digest())
+    return h.hexdigest()
 
 
 @lru_cache(maxsize=64)

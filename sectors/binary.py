@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sectors import metrics
 from sectors.base import Batch, Sector
 from trellis.types import Counts
-from trellis.vectors import TensorSpec
+from trellis.vectors import CountSpec
 
 
 class Squeeze(nn.Module):
@@ -52,11 +52,11 @@ class Binary(Sector):
         logits, labels = outputs.detach().cpu().numpy(), batch["y"].cpu().numpy()
         return metrics.score_counts(logits, labels, strata, self.num_strata)
 
-    def count_specs(self) -> tuple[TensorSpec, ...]:
+    def count_specs(self) -> tuple[CountSpec, ...]:
         """One histogram of the positives, one of the negatives a stratum."""
         return (
-            TensorSpec("positives", (metrics.NUM_BINS,), "int64"),
-            TensorSpec("negatives", (self.num_strata, metrics.NUM_BINS), "int64"),
+            CountSpec("positives", (metrics.NUM_BINS,), "int64"),
+            CountSpec("negatives", (self.num_strata, metrics.NUM_BINS), "int64"),
         )
 
     def metrics(self, counts: Counts) -> dict[str, float]:

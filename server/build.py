@@ -23,11 +23,7 @@ def check(config: RunConfig) -> Sector:
     _server_optimizer(config)
     _check_catalogues(config)
     _check_device(config.device)
-    if config.num_byzantine and not rule.tolerates:
-        raise ConfigError(
-            f"rule={rule.name} tolerates no liar, but num_byzantine={config.num_byzantine}: "
-            "choose a robust rule, or set num_byzantine=0"
-        )
+    rules.require(rule, config.num_byzantine, config.rule.options)
     _check_cohort(config, rule)
     return sector
 

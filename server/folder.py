@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trellis.errors import ResumeError
 from trellis.types import Purpose, Refusal, RoundRecord
 
 
@@ -32,6 +33,11 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must be on disk before anything that follows from it
+    finally:
+        os.close(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +92,10 @@ class RunFolder:
 
 def read_record(path: Path) -> RoundRecord:
     """Inverse of `RunFolder.write_record`."""
-    fields = json.loads(path.read_bytes())
+    try:
+        fields = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ResumeError(f"{path} is damaged: {error}") from error
     tuples: dict[str, Callable[[Any], Any]] = {
         "asked": tuple,
         "answered": tuple,

@@ -22,14 +22,19 @@ from trellis.errors import CohortTooSmall
 from trellis.types import NodeInfo
 
 CONNECT_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 600.0
+"""A node that says nothing for so long is left out; counting rows may mean reading them first."""
+MAX_ROWS = 100_000_000
+"""A node that registers more is not believed."""
 
 
 def enrol(grid: Grid, ask: Ask, config: RunConfig, *, store: str) -> list[NodeInfo]:
     """Every connected node that the federation knows, sorted by name.
 
-    Each registers the number of its rows, once a run: every count it declares later is held against it.  A name that
-    two nodes claim belongs to neither; a name the federation does not list is left out, and so is a node that registers
-    no rows where rows are weighed.  Raises CohortTooSmall when no node is left.
+    Each registers the number of its rows, once a run, capped by its `max_examples` in the federation: every count it
+    declares later is held against it, and it is its weight where rows are weighed (a node that registers none weighs
+    nothing).  A name that two nodes claim belongs to neither; left out are names the federation does not list and
+    numbers of rows that cannot be.  Raises CohortTooSmall when no node is left.
     """
     specs = {spec.name: spec for spec in config.nodes.expand()}
     content = _question(config, store)
@@ -37,7 +42,7 @@ def enrol(grid: Grid, ask: Ask, config: RunConfig, *, store: str) -> list[NodeIn
     messages = [Message(content=content, message_type=MessageType.QUERY, dst_node_id=node_id) for node_id in ids]
     claims: dict[str, list[NodeInfo]] = {}
     problems: list[str] = []
-    for reply in ask(messages, config.round_timeout_s):
+    for reply in ask(messages, min(config.round_timeout_s, ANSWER_TIMEOUT_S)):
         if reply.has_error():
             problems.append(str(reply.error.reason)[:200])
             continue
@@ -49,11 +54,12 @@ def enrol(grid: Grid, ask: Ask, config: RunConfig, *, store: str) -> list[NodeIn
             )
             continue
         info = _info(spec, reply.metadata.src_node_id)
-        told = (answer.get(wire.NUM_EXAMPLES), answer.get(wire.NUM_ROWS))
-        if all(type(n) is int for n in told) and 0 <= told[0] <= told[1]:
-            info = replace(info, max_examples=told[0], num_rows=told[1])
-        elif config.rule.weighted:
-            problems.append(f"{spec.name} registered {str(told)[:60]} rows, which rule.weighted=true needs")
+        train, total = answer.get(wire.NUM_EXAMPLES), answer.get(wire.NUM_ROWS)
+        if type(train) is int and type(total) is int and 0 <= train <= total <= MAX_ROWS:
+            most = train if info.max_examples is None else min(train, info.max_examples)
+            info = replace(info, max_examples=most, num_examples=most, num_rows=total)
+        elif train is not None or total is not None:
+            problems.append(f"{spec.name} registers {str(train)[:30]} of {str(total)[:30]} rows: not believed")
             continue
         claims.setdefault(spec.name, []).append(info)
     problems += [f"{len(infos)} nodes call themselves {name}" for name, infos in claims.items() if len(infos) > 1]

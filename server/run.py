@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ from trellis.types import RoundRecord, ServerState
 from trellis.vectors import digest
 
 OnRound = Callable[[ServerState, RoundRecord], None]
+
+PLACE = ("resume", "run_name", "runs_dir")
+"""Settings that say which folder a run has; they are not kept in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +72,21 @@ def run(
     overrides: Sequence[str] = (),
     on_round: OnRound | None = None,
 ) -> RunResult:
-    """Run to the end, or resume to the end.  Raises ConfigError, DataError, ResumeError before anything is written."""
+    """Run to the end, or resume to the end.
+
+    Raises ConfigError, DataError or ResumeError before the first round; CohortTooSmall when no node enrols.
+    """
     sector = build.check(config)
     started = time.monotonic()
-    with _opened(config, overrides) as (folder, run_id):
+    with _opened(config, sector, overrides) as (folder, run_id):
         state = _restored(folder, config, sector, run_id)
+        earlier_s = sum(r.seconds.get("total", 0.0) for r in _counted(folder, state))
         info = _run_info(folder, config, sector, state, engine_of(grid))
         with make_tracker(folder, config.tracking, info) as tracker:
             state = _train(folder, config, sector, state, grid, tracker, on_round)
             delivery = tracker.close(config.tracking.close_timeout_s)
-        result = summarise(folder, config, sector, state, delivery, engine_of(grid), time.monotonic() - started)
+        seconds = earlier_s + time.monotonic() - started
+        result = summarise(folder, config, sector, state, delivery, engine_of(grid), seconds)
         folder.write_json(folder.result_path, asdict(result))
         return result
 
@@ -115,28 +123,50 @@ def resumed(resume: str, overrides: Sequence[str], runs_dir: str) -> tuple[RunCo
 
     Only where it runs, where it is recorded and how many rounds it has may differ from the first start.
     """
-    path = Path(resume) if Path(resume).is_dir() else Path(runs_dir) / resume
-    folder = RunFolder(path)
-    if not folder.config_path.exists():
-        known = sorted(p.parent.name for p in Path(runs_dir).glob("*/config.json"))
-        raise ResumeError(f"there is no run {resume!r} to resume; under {runs_dir} are: {', '.join(known) or 'none'}")
-    kept = json.loads(folder.config_path.read_bytes())
-    more = [o for o in overrides if not o.startswith(("resume=", "run_name=", "runs_dir="))]
-    place = [f"resume={folder.path}", f"run_name={folder.path.name}", f"runs_dir={folder.path.parent}"]
-    merged = [*kept["overrides"], *more, *(_quoted(o) for o in place)]
+    folder = _find(resume, runs_dir)
+    kept = _start_of(folder)
+    more = [o for o in overrides if o.partition("=")[0] not in PLACE]
+    for given in overrides:
+        key, _, value = given.partition("=")
+        if key == "run_name" and value != folder.path.name:
+            raise ResumeError(f"run_name={value} would make it another run: {folder.path.name} keeps its name")
+    # Another engine or tracker chosen: the settings of the old one go with it.
+    chosen = {o.partition("=")[0] for o in more if o.partition("=")[0] in ("engine", "tracking")}
+    again = {o.partition("=")[0] for o in more}
+    earlier = [
+        o for o in kept["overrides"] if (k := o.partition("=")[0]) not in again and k.partition(".")[0] not in chosen
+    ]
+    merged = [*earlier, *more]
     config = load(merged)
     if config_digest(config) != kept["config_digest"]:
         raise ResumeError(
             f"{folder.path.name} was started with {' '.join(kept['overrides']) or 'the defaults'}; "
-            f"{' '.join(more)} would make it another run. Only rounds, engine, tracking and baselines may "
-            "change: start a new run instead"
+            f"{' '.join(more) or 'what is shipped now'} would make it another run. Only rounds, engine, tracking and "
+            "baselines may change: start a new run instead"
         )
-    return config, merged
+    place = {"resume": str(folder.path), "run_name": folder.path.name, "runs_dir": str(folder.path.parent)}
+    return replace(config, **place), merged
 
 
-def _quoted(override: str) -> str:
-    key, _, value = override.partition("=")
-    return f"{key}='{value}'"
+def _find(resume: str, runs_dir: str) -> RunFolder:
+    """A run's folder, by path or by name under `runs_dir`."""
+    candidates = [RunFolder(Path(runs_dir) / resume), RunFolder(Path(resume))]
+    found = next((folder for folder in candidates if folder.config_path.exists()), None)
+    if found is None:
+        known = sorted(p.parent.name for p in Path(runs_dir).glob("*/config.json"))
+        raise ResumeError(f"there is no run {resume!r} to resume; under {runs_dir} are: {', '.join(known) or 'none'}")
+    return found
+
+
+def _start_of(folder: RunFolder) -> dict[str, Any]:
+    """What `config.json` says of how the run was started."""
+    try:
+        kept: dict[str, Any] = json.loads(folder.config_path.read_bytes())
+        if not {"run_id", "overrides", "config_digest"} <= set(kept):
+            raise ValueError("run_id, overrides or config_digest is missing")
+        return kept
+    except ValueError as error:
+        raise ResumeError(f"{folder.config_path} is damaged: {error}") from error
 
 
 def clock_of(grid: Grid) -> Clock:
@@ -156,29 +186,35 @@ def engine_of(grid: Grid) -> str:
 
 
 @contextmanager
-def _opened(config: RunConfig, overrides: Sequence[str]) -> Iterator[tuple[RunFolder, str]]:
+def _opened(config: RunConfig, sector: Sector, overrides: Sequence[str]) -> Iterator[tuple[RunFolder, str]]:
     """The run's folder, held by this process alone, and the run's id."""
     folder = RunFolder(Path(config.runs_dir) / (config.run_name or _new_name(config)))
-    if config.resume is None and folder.config_path.exists():
-        raise ResumeError(f"{folder.path} holds a run already: choose another run_name, or resume={folder.path.name}")
     folder.path.mkdir(parents=True, exist_ok=True)
     with open(folder.path / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ResumeError(f"{folder.path.name} is running in another process") from error
-        if not folder.config_path.exists():
-            folder.write_json(
-                folder.config_path,
-                {
-                    "run_id": secrets.token_hex(8),
-                    "overrides": [o for o in overrides if not o.startswith("resume=")],
-                    "config_digest": config_digest(config),
-                    "config": to_json(config),
-                    "git_digest": git_digest(),
-                },
+        started = folder.config_path.exists()
+        if started and config.resume is None:
+            name = folder.path.name
+            raise ResumeError(f"{folder.path} holds a run already: choose another run_name, or resume={name}")
+        data = sector.fingerprint(config.data is DataSource.synthetic)
+        start = _start_of(folder) if started else {"run_id": secrets.token_hex(8), "data_digest": data}
+        if start.get("data_digest", data) != data:
+            raise ResumeError(
+                f"the data of sector {config.sector.name} are not those {folder.path.name} was started with "
+                f"(sha256 {str(start['data_digest'])[:12]}, now {data[:12]}): start a new run"
             )
-        yield folder, str(json.loads(folder.config_path.read_bytes())["run_id"])
+        # Written before the first round that follows from it: a lengthened run that is killed stays lengthened.
+        described = {
+            "overrides": [o for o in overrides if o.partition("=")[0] not in PLACE],
+            "config_digest": config_digest(config),
+            "config": to_json(config),
+            "git_digest": git_digest(),
+        }
+        folder.write_json(folder.config_path, {**start, **described})
+        yield folder, str(start["run_id"])
 
 
 def _new_name(config: RunConfig) -> str:
@@ -189,7 +225,12 @@ def _new_name(config: RunConfig) -> str:
 def _restored(folder: RunFolder, config: RunConfig, sector: Sector, run_id: str) -> ServerState:
     """The last committed state, or the first one, committed now."""
     if folder.state_path.exists():
-        return checkpoint.load(folder.state_path)
+        state = checkpoint.load(folder.state_path)
+        if state.round > config.rounds:
+            raise ResumeError(
+                f"{folder.path.name} has {state.round} rounds already; rounds={config.rounds} cannot undo any"
+            )
+        return state
     arrays = initial_arrays(sector, config.seed)
     shared = {name: a for name, a in arrays.items() if not sector.is_local(name)}
     state = ServerState(run=run_id, round=0, params=shared, seed=config.seed)
@@ -234,6 +275,11 @@ def _run_info(folder: RunFolder, config: RunConfig, sector: Sector, state: Serve
     )
 
 
+def _counted(folder: RunFolder, state: ServerState) -> list[RoundRecord]:
+    """The committed rounds and the closing evaluation after the last; that of an earlier, shorter end is left out."""
+    return [r for r in folder.records() if (r.round <= state.round) == (r.purpose == "train")]
+
+
 def summarise(
     folder: RunFolder,
     config: RunConfig,
@@ -243,9 +289,9 @@ def summarise(
     engine: str,
     seconds: float,
 ) -> RunResult:
-    """The run's result, from its folder alone: a resumed run counts its earlier rounds too."""
-    records = folder.records()
-    closing = next((r for r in reversed(records) if r.purpose == "evaluate" and r.round == state.round + 1), None)
+    """The run's result, from its folder: a resumed run counts its earlier rounds too, each once."""
+    records = _counted(folder, state)
+    closing = next((r for r in records if r.purpose == "evaluate"), None)
     metrics = dict(closing.base_metrics) if closing else {}
     primary = sector.primary
     split = "test" if f"test/{primary.name}" in metrics else "val"

@@ -18,12 +18,13 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from trellis import wire
 from trellis.errors import WireError
 from trellis.types import Counts, NodeInfo, Refusal, Update
-from trellis.vectors import Arrays, Layout, TensorSpec, Vector, norm
+from trellis.vectors import Arrays, CountSpec, Layout, TensorSpec, Vector, norm
 
 Check = Callable[[Update], Refusal | None]
 
 MAX_METRICS = 64
 MAX_METRIC_CHARS = 64
+MAX_METRIC = 1e12
 MAX_COUNT = 1 << 50
 """Above any count of a node's rows, and low enough that thousands of nodes' counts add up in an int64."""
 
@@ -66,6 +67,7 @@ def read_update(node: str, content: RecordDict, expected: Expected, *, out: Vect
     if size > expected.max_bytes:
         raise WireError("oversize", f"{size} bytes, at most {expected.max_bytes} were asked for")
     if expected.request is not None:
+        _known_records(content)
         _same_request(content, expected.request)
     metrics, num_examples = _read_metrics(content, expected)
     update_d = _read_vector(content, expected, out) if expected.trains else None
@@ -78,6 +80,12 @@ def read_update(node: str, content: RecordDict, expected: Expected, *, out: Vect
         counts=_read_counts(content, expected) if expected.counts is not None else {},
         size_bytes=size,
     )
+
+
+def _known_records(content: RecordDict) -> None:
+    odd = sorted(set(content) - {wire.ARRAYS, wire.METRICS, wire.COUNTS, wire.REPLY})
+    if odd:
+        raise WireError("wrong_records", f"unknown records {[name[:60] for name in odd[:3]]}")
 
 
 def _same_request(content: RecordDict, digest: str) -> None:
@@ -151,7 +159,18 @@ def _read_counts(content: RecordDict, expected: Expected) -> dict[str, Counts]:
             numbers = cast(Any, values)
             if not np.isfinite(numbers).all() or (numbers < 0).any() or (numbers > MAX_COUNT).any():
                 raise WireError("counts", f"{split}/{k} has values that are negative, above 2^50 or not finite")
+        _within_rows(split, counts[split], specs)
     return counts
+
+
+def _within_rows(split: str, counts: Counts, specs: Mapping[str, TensorSpec]) -> None:
+    """A count is a sum over rows, of at most `per_row` each: few rows cannot outweigh all others' in a metric."""
+    rows = float(cast(Any, counts["rows"])) if "rows" in counts else math.inf
+    for name, spec in specs.items():
+        if isinstance(spec, CountSpec):
+            total, most = float(np.sum(cast(Any, counts[name]), dtype=np.float64)), spec.per_row * rows
+            if total > most * (1 + 1e-9):
+                raise WireError("counts", f"{split}/{name} adds up to {total:.4g}, {rows:.0f} rows allow {most:.4g}")
 
 
 # ---------------------------------------------------------------- checks of an update
@@ -163,8 +182,8 @@ def finite(update: Update) -> Refusal | None:
     if update.update_d is not None and not math.isfinite(_norm(update)):
         bad = int((~np.isfinite(update.update_d)).sum())
         return Refusal(update.node, "not_finite", f"{bad} of {update.update_d.size} coordinates are NaN or infinite")
-    odd = sorted(k for k, v in update.metrics.items() if not math.isfinite(v))
-    return Refusal(update.node, "metrics", f"metrics {odd[:3]} are NaN or infinite") if odd else None
+    odd = sorted(k for k, v in update.metrics.items() if not abs(v) <= MAX_METRIC)
+    return Refusal(update.node, "metrics", f"metrics {odd[:3]} are NaN, infinite or above 1e12") if odd else None
 
 
 def _norm(update: Update) -> float:

@@ -24,6 +24,9 @@ from trellis.errors import WireError
 from trellis.types import POLICY_CODES, Collected, NodeInfo, Refusal, Request, Row, Update
 from trellis.vectors import Arrays, Layout, TensorSpec, Vector
 
+MAX_EVIDENCE = 300
+"""Characters of a refusal's evidence that are kept."""
+
 _POLICY_REASONS = {code: reason for reason, code in POLICY_CODES.items()}
 
 
@@ -232,8 +235,8 @@ class _Ledger:
 
 
 def _weight(node: NodeInfo) -> float:
-    """The rows the node registered: none is 0; a node that registered no number counts 1."""
-    return 1.0 if node.max_examples is None else float(node.max_examples)
+    """The training rows the node registered; a node that registered none weighs nothing."""
+    return float(node.num_examples or 0)
 
 
 def _read_reply(
@@ -244,15 +247,21 @@ def _read_reply(
     out: Vector | None,
 ) -> Update | Refusal:
     if reply.has_error():
-        code, reason = reply.error.code, str(reply.error.reason)[:300]
-        return Refusal(node, _POLICY_REASONS.get(code, "error_reply"), reason)
+        code, reason = reply.error.code, str(reply.error.reason)
+        return _refusal(node, _POLICY_REASONS.get(code, "error_reply"), reason)
     try:
         update = checks.read_update(node, reply.content, expected, out=out)
     except WireError as error:
-        return Refusal(node, error.code, error.evidence)
+        return _refusal(node, error.code, error.evidence)
     except Exception as error:  # a stranger's reply must never end the round, whatever it breaks
-        return Refusal(node, "undecodable", f"{type(error).__name__}: {str(error)[:200]}")
+        return _refusal(node, "undecodable", f"{type(error).__name__}: {error}")
     return next((r for r in (check(update) for check in update_checks) if r is not None), update)
+
+
+def _refusal(node: str, reason: str, evidence: str) -> Refusal:
+    """A refusal whose evidence, a stranger's text, is short and printable."""
+    printable = "".join(c if c.isprintable() else " " for c in evidence[:MAX_EVIDENCE])
+    return Refusal(node, reason, printable)
 
 
 def _compact(rows_nd: npt.NDArray[np.float32], good: list[int]) -> npt.NDArray[np.float32]:

@@ -64,6 +64,9 @@ class RoundStrategy(Strategy):
     scoring: records.Scoring | None = None
     min_replies: int = 1
     node_config: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    """Of the draws of `start` and of Flower's own loop; `run` takes the state's.  Their nodes have no names, so a
+    sampled cohort still differs from run to run: Flower draws node ids anew."""
     clock: Clock = field(default_factory=WallClock)
     now: Callable[[], float] = time.time
     """Wall-clock time, for the records only."""
@@ -71,11 +74,7 @@ class RoundStrategy(Strategy):
     _open: tuple[Request, list[NodeInfo], ServerState] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.num_byzantine and not self.rule.tolerates:
-            raise ConfigError(
-                f"rule={self.rule.name} tolerates no liar, but num_byzantine={self.num_byzantine}: "
-                "choose a robust rule or set num_byzantine=0"
-            )
+        rules.require(self.rule, self.num_byzantine, self.rule_options)
 
     # ------------------------------------------------------------ our loop
 
@@ -234,7 +233,7 @@ class RoundStrategy(Strategy):
         clock = getattr(grid, "clock", self.clock)
         strategy = replace(self, exchange=_sending(self.exchange, train_config, timeout), clock=clock)
         closing = replace(strategy, exchange=_sending(self.exchange, evaluate_config, timeout))
-        state = ServerState(run="flower", round=0, params=wire.from_record(initial_arrays))
+        state = ServerState(run="flower", seed=self.seed, round=0, params=wire.from_record(initial_arrays))
         result = Result()
         ask = door(grid, clock)
         if evaluate_fn and (first := evaluate_fn(0, initial_arrays)) is not None:
@@ -259,7 +258,7 @@ class RoundStrategy(Strategy):
     ) -> Iterable[Message]:
         """A round's messages, for Flower's own loop."""
         exchange = replace(self._plain(), config=_merged(self._plain(), config))
-        state = ServerState(run="flower", round=server_round - 1, params=wire.from_record(arrays))
+        state = ServerState(run="flower", seed=self.seed, round=server_round - 1, params=wire.from_record(arrays))
         # the optimizer's and the rule's memory live on from round to round, not from run to run
         if self._open is not None and server_round > 1:
             state = replace(self._open[2], round=server_round - 1, params=state.params)
@@ -291,7 +290,7 @@ class RoundStrategy(Strategy):
         exchange = replace(self._plain(), config=_merged(self._plain(), config))
         nodes = self._connected(grid)
         base = wire.from_record(arrays)
-        state = ServerState(run="flower", round=server_round - 1, params=base)
+        state = ServerState(run="flower", seed=self.seed, round=server_round - 1, params=base)
         messages = exchange.messages(self.request(state, nodes, purpose="evaluate"), nodes, arrays)
         assert all(m.metadata.message_type == MessageType.EVALUATE for m in messages)
         return messages

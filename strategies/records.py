@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -107,9 +108,10 @@ def weights(collected: Collected, aggregated: Aggregated | None) -> dict[str, fl
 
 
 def mean_metrics(updates: Sequence[Update]) -> dict[str, float]:
-    """Unweighted mean of each metric that every update has."""
-    shared = set.intersection(*(set(u.metrics) for u in updates)) if updates else set[str]()
-    return {k: float(np.mean([u.metrics[k] for u in updates])) for k in sorted(shared)}
+    """Unweighted mean, over the updates that have it, of each metric that more than half of them have."""
+    reported = Counter(k for u in updates for k in u.metrics)
+    common = sorted(k for k, times in reported.items() if 2 * times > len(updates))
+    return {k: float(np.mean([u.metrics[k] for u in updates if k in u.metrics])) for k in common}
 
 
 def finite_scalars(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from math import ceil
 
 import numpy as np
 
+from trellis import canonical
 from trellis.errors import ConfigError
 from trellis.types import NodeInfo
 
@@ -36,8 +37,9 @@ def by_availability(*, fraction: float = 1.0, min_nodes: int = 1) -> Sampler:
 
     def sample(rng: np.random.Generator, nodes: Sequence[NodeInfo]) -> list[NodeInfo]:
         active = _active(nodes)
-        coins = rng.random(len(active))
-        reachable = [node for node, coin in zip(active, coins, strict=True) if coin < node.availability]
+        draw = int(rng.integers(1 << 62))
+        # a coin by name: who else is in the federation does not change it
+        reachable = [n for n in active if canonical.seed_for(draw, n.name) < n.availability * (1 << 63)]
         return _choose(rng, reachable, min(cohort_size(len(active), fraction, min_nodes), len(reachable)))
 
     return sample

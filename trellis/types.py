@@ -99,9 +99,10 @@ class NodeInfo:
     region: str = ""
     role: Role = Role.train
     availability: float = 1.0
-    public_key: str = ""
     max_examples: int | None = None
-    """Training rows it registered: the most it may declare, and its weight where rows are weighed."""
+    """The most training rows it may declare: what it registered, or what the federation allows it."""
+    num_examples: int | None = None
+    """Training rows it registered: its weight where rows are weighed; None weighs nothing."""
     num_rows: int | None = None
     """All rows it registered: the most it may score."""
     status: str = "active"
@@ -295,14 +296,3 @@ class RoundRecord:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """A gate's answer, with what it measured."""
-
-    gate: str
-    passed: bool
-    measured: float
-    limit: float
-    evidence: str

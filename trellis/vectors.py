@@ -46,6 +46,13 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class CountSpec(TensorSpec):
+    """An additive count: its entries together grow by at most `per_row` with every row."""
+
+    per_row: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Layout:
     """The tensors of a model, in order."""
 

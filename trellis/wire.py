@@ -100,20 +100,19 @@ def _read_header(data: bytes) -> tuple[tuple[int, ...], np.dtype[Any], bool, int
 
 
 def size_bytes(content: RecordDict) -> int:
-    """Payload of a message: the arrays' serialised bytes and the other records' JSON."""
+    """Payload of a message: all names, the arrays' serialised bytes, texts by their length, numbers as 8 bytes."""
     total = 0
-    for record in content.values():
-        if isinstance(record, ArrayRecord):
-            total += sum(len(array.data) for array in record.values())
-        else:
-            total += sum(_value_bytes(value) + len(key) for key, value in record.items())
+    for name, record in content.items():
+        total += len(name)
+        for key, value in record.items():
+            total += len(key) + (len(value.data) if isinstance(value, Array) else _value_bytes(value))
     return total
 
 
 def _value_bytes(value: Any) -> int:
     if isinstance(value, str | bytes):
         return len(value)
-    return 8 * len(value) if isinstance(value, list) else 8
+    return sum(_value_bytes(item) for item in value) if isinstance(value, list) else 8
 
 
 # ---------------------------------------------------------------- requests

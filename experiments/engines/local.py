@@ -13,7 +13,7 @@ import math
 import multiprocessing
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from copy import copy as shallow
@@ -323,8 +323,3 @@ def _in_worker(message: Message, context: Context | None) -> tuple[Message, Cont
 def _crashed(message: Message, error: Exception) -> Message:
     reason = f"the worker process failed: {type(error).__name__}: {error}"
     return Message(Error(ErrorCode.CLIENT_APP_CRASHED, reason), reply_to=message)
-
-
-def node_ids(grid: LocalGrid) -> Sequence[int]:
-    """Node ids in the order of the partitions."""
-    return list(grid.get_node_ids())

@@ -6,6 +6,9 @@ new rule is a function and a spec in a file of this folder, one row in `RULES`, 
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+
 from strategies.rules.mean import MEAN, mean
 from trellis.errors import ConfigError
 from trellis.types import RuleSpec
@@ -13,6 +16,20 @@ from trellis.types import RuleSpec
 RULES: dict[str, RuleSpec] = {spec.name: spec for spec in (MEAN,)}
 
 __all__ = ["RULES", "get", "mean"]
+
+
+def require(rule: RuleSpec, num_byzantine: int, options: Mapping[str, object]) -> None:
+    """Raises ConfigError when the rule cannot survive so many liars, or does not take these options."""
+    if num_byzantine and not rule.tolerates:
+        raise ConfigError(
+            f"rule={rule.name} tolerates no liar, but num_byzantine={num_byzantine}: "
+            "choose a robust rule, or set num_byzantine=0"
+        )
+    parameters = inspect.signature(rule.fn).parameters
+    own = set(parameters) - {"updates_nd", "num_byzantine", *rule.needs}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if (odd := sorted(set(options) - own)) and not takes_any:
+        raise ConfigError(f"rule={rule.name} has no options {odd}; it takes: {', '.join(sorted(own)) or 'none'}")
 
 
 def get(name: str) -> RuleSpec:

@@ -74,6 +74,18 @@ def _count_renames(kill_before: int | None) -> list[int]:
     return steps
 
 
+def lengthened(folder: Path, base: list[str], point: int) -> None:
+    """A run that had ended is lengthened, killed on the way, and resumed without being told its length again."""
+    longer = forked(folder, [*base, "rounds=4", f"runs_dir={folder / 'longer'}"], kill_before=None)
+    runs = f"runs_dir={folder / 'runs'}"
+    forked(folder, [*base, runs], kill_before=None)
+    killed = forked(folder, ["resume=run", "rounds=4", runs], kill_before=point) is None
+    resumed = forked(folder, ["resume=run", runs], kill_before=None)
+    assert longer is not None
+    assert resumed is not None
+    print(json.dumps({"killed": killed, "same": {k: resumed[k] == longer[k] for k in ("digest", "metrics")}}))
+
+
 def main() -> None:
     folder, tracking, points = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     sectors.SECTORS["healthcare_wisconsin"] = f"{__name__}:WithLocalHead"
@@ -81,6 +93,9 @@ def main() -> None:
     # What torch sets up on first use is set up before the forks, not in each of them.
     simulate([*OVERRIDES, "tracking=none", f"runs_dir={folder / 'warm'}"])
     base = [*OVERRIDES, f"tracking={tracking}"]
+    if points.startswith("lengthened:"):
+        lengthened(folder, base, int(points.partition(":")[2]))
+        return
     whole = forked(folder, [*base, f"runs_dir={folder / 'whole'}"], kill_before=None)
     assert whole is not None
     chosen = range(whole["steps"]) if points == "all" else [int(p) for p in points.split(",")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from flwr.clientapp import ClientApp
 
 from clients.app import app
 from conf.load import load
-from conf.schema import LinkConfig, NodesConfig, NodeSpec, PolicyConfig, RuleConfig, RunConfig
+from conf.schema import LinkConfig, NodesConfig, NodeSpec, PolicyConfig, RunConfig
 from experiments.engines.local import LocalGrid
 from server import registry
 from strategies.exchange import door
@@ -27,7 +26,7 @@ SPECS = [
 CONFIG = RunConfig(nodes=NodesConfig(items=SPECS))
 
 
-def enrol(answer: Callable[[int], Any], *, num_nodes: int = 3, weighted: bool = False) -> list[NodeInfo]:
+def enrol(answer: Callable[[int], Any], *, num_nodes: int = 3) -> list[NodeInfo]:
     asked = ClientApp()
 
     @asked.query()
@@ -36,7 +35,7 @@ def enrol(answer: Callable[[int], Any], *, num_nodes: int = 3, weighted: bool = 
         return Message(told if isinstance(told, Error | RecordDict) else record(told), reply_to=message)
 
     grid = LocalGrid(asked, num_nodes)
-    return registry.enrol(grid, door(grid, grid.clock), replace(CONFIG, rule=RuleConfig(weighted=weighted)), store="")
+    return registry.enrol(grid, door(grid, grid.clock), CONFIG, store="")
 
 
 def record(fields: Any) -> RecordDict:
@@ -95,18 +94,25 @@ def test_when_nobody_is_left_the_reasons_are_named() -> None:
 
 def test_counted_rows_are_what_the_node_registered() -> None:
     found = enrol(lambda i: {"name": ["cob", "ash", "bay"][i], "num-examples": 10 * i, "num-rows": 30})
-    assert {n.name: n.max_examples for n in found} == {"cob": 0, "ash": 10, "bay": 20}
+    assert {n.name: n.num_examples for n in found} == {"cob": 0, "ash": 10, "bay": 9}, "bay is allowed 9"
+    assert {n.name: n.max_examples for n in found} == {"cob": 0, "ash": 10, "bay": 9}
     assert {n.num_rows for n in found} == {30}
 
 
-@pytest.mark.parametrize("rows", [-1, 10, 1.5, "many", True, [3], None])
-def test_a_node_that_does_not_count_its_rows_is_left_out(rows: Any) -> None:
+@pytest.mark.parametrize(
+    ("train", "total"), [(-1, 9), (10, 9), (1.5, 9), ("many", 9), (True, 9), ([3], 9), (None, 9), (9, None), (1, 2**62)]
+)
+def test_a_node_whose_rows_cannot_be_is_left_out(train: Any, total: Any) -> None:
     def answer(i: int) -> dict[str, Any]:
-        told = {"name": ["cob", "ash", "bay"][i], "num-examples": rows if i == 1 else 5, "num-rows": 9}
-        return {k: v for k, v in told.items() if v is not None}
+        told = {"num-examples": train, "num-rows": total} if i == 1 else {"num-examples": 5, "num-rows": 9}
+        return {"name": ["cob", "ash", "bay"][i], **{k: v for k, v in told.items() if v is not None}}
 
-    assert names(enrol(answer, weighted=True)) == ["bay", "cob"]
-    assert names(enrol(answer)) == ["ash", "bay", "cob"], "without weights nothing depends on it"
+    assert names(enrol(answer)) == ["bay", "cob"]
+
+
+def test_a_node_that_registers_nothing_is_asked_and_weighs_nothing() -> None:
+    found = enrol(lambda i: ["cob", "ash", "bay"][i])
+    assert {n.name: n.num_examples for n in found} == {"ash": None, "bay": None, "cob": None}
 
 
 def test_our_own_nodes_enrol_by_name_and_count_their_training_rows() -> None:

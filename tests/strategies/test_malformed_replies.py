@@ -26,15 +26,19 @@ from trellis import wire
 from trellis.errors import WireError
 from trellis.types import NodeInfo as Node
 from trellis.types import RoundRecord, ServerState
-from trellis.vectors import Layout, TensorSpec, digest
+from trellis.vectors import CountSpec, Layout, digest
 
 BASE = {
     "w": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3),
     "b": np.array([0.5, -0.5, 0.25], np.float32),
     "steps": np.array(7, np.int64),
 }
-COUNTS = {"loss_sum": TensorSpec("loss_sum", (), "float64"), "rows": TensorSpec("rows", (), "int64")}
-REGISTERED, LIAR = 50, 2
+COUNTS = {
+    "loss_sum": CountSpec("loss_sum", (), "float64", per_row=100.0),
+    "rows": CountSpec("rows", (), "int64"),
+    "bins": CountSpec("bins", (4,), "int64"),
+}
+REGISTERED, ROWS, LIAR = 50, 200, 2
 STYPE = "numpy.ndarray"
 
 Lie = Callable[[RecordDict], Any]
@@ -54,7 +58,13 @@ def honest(message: Message, index: int) -> RecordDict:
         arrays=delta if request else moved,
         num_examples=20 + index,
         metrics={"train/loss": 1.0 / (index + 1)},
-        counts={"validation": {"loss_sum": np.asarray(3.5), "rows": np.asarray(5, np.int64)}},
+        counts={
+            "validation": {
+                "loss_sum": np.asarray(3.5),
+                "rows": np.asarray(5, np.int64),
+                "bins": np.array([1, 0, 3, 1], np.int64),
+            }
+        },
     )
 
 
@@ -260,9 +270,19 @@ TABLE: dict[str, tuple[Lie, str, tuple[str, ...]]] = {
     "NaN counts": (count("loss_sum", np.float64("nan")), "counts", NATIVE),
     "counts that overflow a sum": (count("rows", np.int64(2**63 - 1)), "counts", NATIVE),
     "a loss that swallows all others": (count("loss_sum", np.float64(1e300)), "counts", NATIVE),
+    "a loss above that of any row": (count("loss_sum", np.float64(501.0)), "counts", NATIVE),
+    "more rows in the bins than were scored": (count("bins", np.array([1, 0, 3, 2], np.int64)), "counts", NATIVE),
+    "bins that swallow all others": (count("bins", np.array([0, 0, 0, 2**50], np.int64)), "counts", NATIVE),
+    "a count with a name of a megabyte": (
+        with_counts(lambda r: r.update({"validation/" + "r" * 2**20: r.pop("validation/rows")})), "oversize", NATIVE
+    ),
+    "a record nobody asked for": (with_record("more", ConfigRecord({"a": 1})), "wrong_records", NATIVE),
+    "texts of a megabyte": (with_record("more", ConfigRecord({"a": ["x" * 2**20]})), "oversize", BOTH),
+    "a metric beyond belief": (with_metrics(**{"train/loss": 1e300}), "metrics", BOTH),
+    "an error of a megabyte": (lambda content: Error(17, "\x1b[31m" + "no " * 2**19), "error_reply", BOTH),
     "counts of another dtype": (count("rows", np.float64(5)), "wrong_dtype", NATIVE),
     "counts of another shape": (count("rows", np.ones(3, np.int64)), "wrong_shape", NATIVE),
-    "more scored rows than anyone has": (count("rows", np.int64(10**9)), "num_examples", NATIVE),
+    "more scored rows than registered": (count("rows", np.int64(ROWS + 1)), "num_examples", NATIVE),
     "an error": (lambda content: Error(17, "no"), "error_reply", BOTH),
     "an exception": (raising(RuntimeError("the disk is full")), "error_reply", BOTH),
     "a failed assertion": (raising(AssertionError()), "error_reply", BOTH),
@@ -284,7 +304,7 @@ class Federation:
         app.train()(self._answer)
         self.grid = LocalGrid(app, 5, delay_s=self._delay)
         ids = list(self.grid.get_node_ids())
-        self.nodes = [Node(f"node-{i}", ids[i], max_examples=REGISTERED) for i in range(5)]
+        self.nodes = [Node(f"node-{i}", ids[i], max_examples=REGISTERED, num_rows=ROWS) for i in range(5)]
         self.strategy = RoundStrategy(
             exchange=PlainExchange(
                 native=self.native, timeout_s=60, counts=COUNTS, metrics=frozenset({"train/loss"}), max_update_norm=1000
@@ -322,7 +342,8 @@ def exam(federation: Federation, reason: str) -> None:
     second, record = federation.round(first, federation.nodes)
     assert [(r.node, r.reason) for r in record.refusals] == [("node-2", reason)]
     assert record.refusals[0].evidence
-    assert len(record.refusals[0].evidence) <= 400
+    assert len(record.refusals[0].evidence) <= 300
+    assert record.refusals[0].evidence.isprintable()
     honest_names = ("node-0", "node-1", "node-3", "node-4")
     assert record.closed is None
     assert record.answered == honest_names
@@ -407,8 +428,9 @@ def test_the_closing_evaluation_survives_its_liars_too() -> None:
     def evaluated(message: Message, context: Context) -> Message:
         request = wire.read_request(message)
         index = int(context.node_config["partition-id"])
-        rows = np.asarray(10**9 if index == LIAR else 80, np.int64)
-        counts = {s: {"loss_sum": np.asarray(1.0), "rows": rows} for s in ("validation", "test")}
+        rows = np.asarray(101 if index == LIAR else 80, np.int64)
+        one = {"loss_sum": np.asarray(1.0), "rows": rows, "bins": np.zeros(4, np.int64)}
+        counts = dict.fromkeys(("validation", "test"), one)
         reply = wire.reply_content(request=request, arrays=None, num_examples=160, metrics={}, counts=counts)
         return Message(reply, reply_to=message)
 

@@ -124,21 +124,21 @@ def test_a_round_moves_the_model_by_the_mean_of_the_updates() -> None:
 
 def test_weights_are_those_of_the_registry_never_those_that_nodes_declare() -> None:
     grid = LocalGrid(node_app(), 3)
-    state, record = play(grid, nodes=federation(grid, max_examples=[100, 50, 50]), weighted=True)
+    state, record = play(grid, nodes=federation(grid, num_examples=[100, 50, 50]), weighted=True)
     assert state.params["w"].tolist() == [1.75, 2.75, 3.75]  # (0 * 100 + 1 * 50 + 2 * 50) / 200
     assert record.weights == {"node-0": 0.5, "node-1": 0.25, "node-2": 0.25}
 
 
 def test_a_node_that_registered_no_rows_weighs_nothing() -> None:
     grid = LocalGrid(node_app(), 3)
-    nodes = [replace(n, max_examples=10 * i) for i, n in enumerate(federation(grid))]
+    nodes = [replace(n, num_examples=10 * i) for i, n in enumerate(federation(grid))]
     _, record = play(grid, nodes=nodes, weighted=True)
     assert record.weights == {"node-0": 0.0, "node-1": pytest.approx(1 / 3), "node-2": pytest.approx(2 / 3)}
 
 
 def test_a_round_whose_nodes_all_weigh_nothing_closes() -> None:
     grid = LocalGrid(node_app(), 1)
-    state, record = play(grid, nodes=federation(grid, max_examples=[0]), weighted=True)
+    state, record = play(grid, nodes=federation(grid, num_examples=[0]), weighted=True)
     assert record.closed is not None
     assert "registered no rows" in record.closed
     assert digest(state.params) == digest(BASE)

@@ -294,4 +294,7 @@ def test_the_size_of_a_content_counts_bytes_lists_and_texts() -> None:
             "config": ConfigRecord({"k": "texts"}),
         }
     )
-    assert wire.size_bytes(content) == 5 + (2 + 8) + (4 + 24) + (1 + 5)
+    names = len("arrays") + len("metrics") + len("config")
+    assert wire.size_bytes(content) == names + (1 + 5) + (2 + 8) + (4 + 24) + (1 + 5)
+    texts = RecordDict({"c": ConfigRecord({"k": ["abc", "de"]})})
+    assert wire.size_bytes(texts) == 1 + 1 + 5, "a list of texts is as long as its texts"
