@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from functools import lru_cache
-from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
@@ -14,8 +13,8 @@ from clients import identity, training
 from clients.identity import Identity
 from clients.policy import consent, consent_to_rows, task_of
 from clients.store import NodeStore, store_of
-from conf.schema import DataSource, NodeTask, from_json, to_json
-from sectors.base import SPLITS, NodeData, Place, Sector, num_rows
+from conf.schema import NodeTask, from_json, to_json
+from sectors.base import SPLITS, NodeData, Place, Sector, num_rows, place_of
 from sectors.params import initial_arrays
 from trellis import canonical, wire
 from trellis.errors import PolicyRefusal, WireError
@@ -140,16 +139,7 @@ def _built(name: str, options: str) -> Sector:
 
 
 def _data(node: Identity, task: NodeTask) -> NodeData:
-    spec = node.spec
-    place = Place(
-        part=spec.part or 0,
-        num_parts=task.num_parts,
-        role=spec.role,
-        path=Path(spec.data_path) if spec.data_path else None,
-        synthetic=task.data is DataSource.synthetic,
-        holds_out=task.holds_out,
-    )
-    return _loaded(_sector(task), place)
+    return _loaded(_sector(task), place_of(node.spec, task))
 
 
 @lru_cache(maxsize=4096)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from clients import training
-from conf.schema import DataSource, NodeSpec, RunConfig
-from sectors.base import NodeData, Place, Rows, Sector, concatenate
+from conf.schema import NodeSpec, NodeTask, RunConfig
+from sectors.base import NodeData, Rows, Sector, concatenate, place_of
 from sectors.params import initial_arrays
 from server import build
 from trellis import canonical
@@ -21,26 +20,12 @@ from trellis.types import Role
 
 def baselines(config: RunConfig, sector: Sector) -> dict[str, Any]:
     """-> {"pooled": test metrics, "local_only": {"nodes": {name: primary or None}, "everywhere": primary}}"""
-    specs = config.nodes.expand()
-    data = [load(config, sector, spec, specs) for spec in specs]
+    specs, task = config.nodes.expand(), NodeTask.of(config)
+    data = [sector.load(place_of(spec, task)) for spec in specs]
     found: dict[str, Any] = {"pooled": pooled(config, sector, data)}
     if all(spec.role is Role.train for spec in specs):
         found["local_only"] = local_only(config, sector, specs, data)
     return found
-
-
-def load(config: RunConfig, sector: Sector, spec: NodeSpec, specs: Sequence[NodeSpec]) -> NodeData:
-    """A node's rows, as the node itself loads them."""
-    return sector.load(
-        Place(
-            part=spec.part or 0,
-            num_parts=len(specs),
-            role=spec.role,
-            path=Path(spec.data_path) if spec.data_path else None,
-            synthetic=config.data is DataSource.synthetic,
-            holds_out=any(s.role is not Role.train for s in specs),
-        )
-    )
 
 
 def pooled(config: RunConfig, sector: Sector, data: Sequence[NodeData]) -> dict[str, float]:

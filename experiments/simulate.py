@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conf.load import load
-from conf.schema import EngineName, RunConfig
+from conf.schema import EngineName, NodeTask, RunConfig
 from experiments import baselines
 from experiments.engines.local import LocalGrid
-from sectors.base import num_rows
+from sectors.base import Sector, num_rows, place_of
 from server import build
 from server.folder import RunFolder
 from server.run import OnRound, RunResult, resumed, run
@@ -24,7 +24,7 @@ def simulate(overrides: Sequence[str], *, on_round: OnRound | None = None) -> Ru
     """Run one federation to its end.  Raises ConfigError, DataError or ResumeError before anything is written."""
     config, overrides = prepare(overrides)
     sector = build.check(config)
-    _check_data(config)
+    _check_data(config, sector)
     specs = config.nodes.expand()
     if config.engine.name is EngineName.ray:
         from experiments.engines import ray
@@ -48,11 +48,10 @@ def prepare(overrides: Sequence[str]) -> tuple[RunConfig, list[str]]:
     return config, list(overrides)
 
 
-def _check_data(config: RunConfig) -> None:
+def _check_data(config: RunConfig, sector: Sector) -> None:
     """Every node's rows can be loaded, and someone has rows to train on and to validate on."""
-    sector = build.build_sector(config)
-    specs = config.nodes.expand()
-    data = {spec.name: baselines.load(config, sector, spec, specs) for spec in specs}
+    specs, task = config.nodes.expand(), NodeTask.of(config)
+    data = {spec.name: sector.load(place_of(spec, task)) for spec in specs}
     starved = [s.name for s in specs if s.role is Role.train and not num_rows(data[s.name].train)]
     if starved:
         raise DataError(

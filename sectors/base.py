@@ -11,9 +11,7 @@ had been scored in one place, and they are all that leaves a node under secure a
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,9 +22,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from conf.schema import DataSource, NodeSpec, NodeTask
 from sectors import files, partition
 from trellis import canonical
-from trellis.errors import ConfigError, DataError
+from trellis.errors import ConfigError, DataError, MissingData
 from trellis.types import Counts, MetricSpec, Role
 from trellis.vectors import CountSpec
 
@@ -75,6 +74,18 @@ class Pooled:
     keys: Rows
 
 
+def place_of(spec: NodeSpec, task: NodeTask) -> Place:
+    """Whose rows a node of the federation loads for a task."""
+    return Place(
+        part=spec.part or 0,
+        num_parts=task.num_parts,
+        role=spec.role,
+        path=Path(spec.data_path) if spec.data_path else None,
+        synthetic=task.data is DataSource.synthetic,
+        holds_out=task.holds_out,
+    )
+
+
 def num_rows(rows: Rows) -> int:
     """Length of the rows; 0 for none."""
     return len(next(iter(rows.values()))) if rows else 0
@@ -112,6 +123,8 @@ class Sector(ABC):
     """Shares of a node's rows that it validates and tests on, unless whole nodes are held out."""
     split_seed: int = 0
     """Partition, split and generated rows follow this seed, never the run's: runs are compared on the same rows."""
+    synthetic_rows: int = 1000
+    """How many rows `generate` makes."""
 
     def __post_init__(self) -> None:
         shares = (self.validation_fraction, self.test_fraction)
@@ -153,14 +166,19 @@ class Sector(ABC):
         return ()
 
     def fingerprint(self, synthetic: bool) -> str:
-        """sha256 of the shared rows: of the files' bytes, or of what they are generated or packaged from.
+        """sha256 of what the shared rows come from, equal wherever the data folder is; "" when the files are not here.
 
-        A run is continued on the data it was started with.
+        Of files: their names and bytes.  Of generated or packaged rows: what they follow from.  A server needs no
+        files, and those that single nodes own (`data_path`) do not count.  A run is continued on the data it was
+        started with.
         """
         if synthetic:
-            return canonical.digest(["synthetic", self.name, self.split_seed, getattr(self, "synthetic_rows", None)])
-        paths = self.files()
-        return _digest_of(paths, tuple(files.stamp(p) for p in paths)) if paths else canonical.digest([self.name])
+            return canonical.digest(f"synthetic:{self.name}:{self.split_seed}:{self.synthetic_rows}")
+        try:
+            found = [[path.name, files.digest(path)] for path in self.files()]
+        except MissingData:
+            return ""
+        return canonical.digest(found or f"packaged:{self.name}")
 
     @abstractmethod
     def read(self, paths: tuple[Path, ...]) -> Any:
@@ -255,16 +273,6 @@ def _source(sector: Sector, place: Place) -> _Source:
     return _Source(paths, tuple(files.stamp(p) for p in paths), synthetic=False)
 
 
-@lru_cache(maxsize=8)
-def _digest_of(paths: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> str:
-    """sha256 over the bytes of files, read once while their stamps stay."""
-    h = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            h.update(hashlib.file_digest(file, "sha256").digest())
-    return h.hexdigest()
-
-
 @lru_cache(maxsize=64)
 def _pool(sector: Sector, source: _Source) -> Pooled:
     return sector.pool(sector.generate() if source.synthetic else sector.read(source.paths))
@@ -293,12 +301,4 @@ def to_batch(rows: Rows, index: npt.NDArray[Any] | slice, device: torch.device) 
     return {
         k: torch.as_tensor(v[index].astype(np.float32) if v.dtype == np.float64 else v[index], device=device)
         for k, v in rows.items()
-    }
-
-
-def add_counts(totals: Counts, more: Mapping[str, npt.NDArray[Any]]) -> Counts:
-    """Sum of two sets of counts; a key missing on one side counts as zero."""
-    return {
-        k: totals[k] + more[k] if k in totals and k in more else (totals[k] if k in totals else more[k])
-        for k in sorted({*totals, *more})
     }
