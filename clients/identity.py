@@ -15,7 +15,7 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context
 
-from conf.schema import NodesConfig, NodeSpec, from_json, to_json
+from conf.schema import NodesConfig, NodeSpec, check_name, from_json, to_json
 from trellis import canonical
 from trellis.errors import ConfigError, PolicyRefusal
 
@@ -57,13 +57,27 @@ def is_simulated(context: Context) -> bool:
 
 
 def enrol(context: Context, federation: str, store_root: str) -> NodeSpec:
-    """Tell a simulated node who it is: node `partition-id` of the federation (JSON of a NodesConfig)."""
-    spec = _specs(federation)[int(context.node_config["partition-id"])]
+    """Tell a simulated node who it is: node `partition-id` of the federation (JSON of a NodesConfig).
+
+    Raises PolicyRefusal("policy.identity") where its name is none, or would keep its state outside `store_root`.
+    """
+    try:
+        spec = _specs(federation)[int(context.node_config["partition-id"])]
+    except ConfigError as error:
+        raise PolicyRefusal("policy.identity", f"cannot read this node from the federation: {error}") from error
     text = canonical.encode(to_json(spec)).decode()
-    context.state[STATE] = ConfigRecord(
-        {"spec": text, "store": str(Path(store_root) / spec.name) if store_root else ""}
-    )
+    context.state[STATE] = ConfigRecord({"spec": text, "store": _store_path(store_root, spec.name)})
     return spec
+
+
+def _store_path(root: str, name: str) -> str:
+    """The folder of a simulated node's state; "" keeps none.  It lies under the root, symlinks followed."""
+    if not root:
+        return ""
+    path = Path(root) / name
+    if path == Path(root) or not path.resolve().is_relative_to(Path(root).resolve()):
+        raise PolicyRefusal("policy.identity", f"the state of node {name!r} would be kept outside {root}")
+    return str(path)
 
 
 @lru_cache(maxsize=8)
@@ -81,6 +95,8 @@ def _from_file(path: str) -> Identity:
 
     try:
         spec = from_json(NodeSpec, yaml.safe_load(Path(path).read_text()))
+        if spec.name:
+            check_name("name", spec.name)
     except (OSError, yaml.YAMLError, ConfigError) as error:
         raise PolicyRefusal("policy.identity", f"cannot read this node from {path}: {error}") from error
     if not spec.name:

@@ -8,6 +8,8 @@ can read these types without it.
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -44,9 +46,42 @@ class TrackingName(StrEnum):
     none = "none"
 
 
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+"""Names of runs and nodes: they become names of folders."""
+
+_DEVICE = re.compile(r"cpu|cuda(:\d+)?|mps|xpu(:\d+)?", re.ASCII)
+_INDEX = re.compile(r"\{index(?::(0?[1-9])d)?\}")
+
+
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+def check_name(what: str, name: str) -> None:
+    """Refuse a name that could not be a folder's name beside others."""
+    _require(
+        NAME.fullmatch(name) is not None,
+        f"{what} is {name!r}; it must be 1 to 64 letters, digits, '.', '_' or '-', the first a letter or a digit",
+    )
+
+
+def _within(
+    name: str,
+    value: float,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    below: float = math.inf,
+) -> None:
+    """Refuse a number outside its range, an infinite one and NaN."""
+    limits = {"at least": least, "above": above, "at most": most, "below": below}
+    said = [f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit)]
+    _require(
+        math.isfinite(value) and least <= value <= most and above < value < below,
+        f"{name} is {value}; it must be {' and '.join(said)}{'' if isinstance(value, int) else ', and finite'}",
+    )
 
 
 @dataclass
@@ -63,9 +98,11 @@ class TrainingConfig:
     """At most this many training rows of a node are used in a round; None: all."""
 
     def __post_init__(self) -> None:
-        _require(self.batch_size >= 1, f"training.batch_size is {self.batch_size}; it must be at least 1")
-        _require(self.epochs >= 1, f"training.epochs is {self.epochs}; it must be at least 1")
-        _require(self.lr > 0, f"training.lr is {self.lr}; it must be above 0")
+        _within("training.batch_size", self.batch_size, least=1)
+        _within("training.epochs", self.epochs, least=1)
+        _within("training.lr", self.lr, above=0)
+        _within("training.momentum", self.momentum, least=0, below=1)
+        _within("training.weight_decay", self.weight_decay, least=0)
         _require(
             self.max_examples is None or self.max_examples >= 1,
             f"training.max_examples is {self.max_examples}; it must be at least 1, or null for all rows",
@@ -94,11 +131,10 @@ class LinkConfig:
     """Probability that the node is reachable in a round."""
 
     def __post_init__(self) -> None:
-        _require(0 < self.availability <= 1, f"link.availability is {self.availability}; it must be above 0, at most 1")
-        _require(
-            min(self.uplink_mbit_s, self.downlink_mbit_s) > 0 and self.latency_ms >= 0,
-            f"link speeds must be above 0 and latency at least 0, found {self}",
-        )
+        _within("link.availability", self.availability, above=0, most=1)
+        _within("link.uplink_mbit_s", self.uplink_mbit_s, above=0)
+        _within("link.downlink_mbit_s", self.downlink_mbit_s, above=0)
+        _within("link.latency_ms", self.latency_ms, least=0)
 
 
 @dataclass
@@ -135,6 +171,11 @@ class HeldOutConfig:
     validation: float = 0.0
     test: float = 0.0
 
+    def __post_init__(self) -> None:
+        _within("nodes.held_out.validation", self.validation, least=0, below=1)
+        _within("nodes.held_out.test", self.test, least=0, below=1)
+        _within("nodes.held_out.validation + nodes.held_out.test", self.validation + self.test, below=1)
+
 
 @dataclass
 class NodesConfig:
@@ -147,13 +188,19 @@ class NodesConfig:
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
 
     def expand(self) -> list[NodeSpec]:
-        """Every node, with its part filled in, sorted by name.  `{index}` in a template's texts is the node's index."""
+        """Every node, with its part filled in, sorted by name.
+
+        `{index}` or `{index:04d}` in a template's texts is the node's index.
+        """
+        _within("nodes.count", self.count, least=0)
         _require(bool(self.items) != bool(self.count), f"nodes={self.name} needs either `items` or a `count` above 0")
         specs = self.items or [self._from_template(i) for i in range(self.count)]
         specs = [dataclasses.replace(s, part=i if s.part is None else s.part) for i, s in enumerate(specs)]
         names = [s.name for s in specs]
         repeated = sorted({n for n in names if names.count(n) > 1}) if len(set(names)) < len(names) else []
         _require(all(names) and not repeated, f"nodes={self.name}: every node needs its own name; repeated: {repeated}")
+        for name in names:
+            check_name(f"nodes={self.name}: a node's name", name)
         return sorted(specs, key=lambda s: s.name)
 
     def _from_template(self, index: int) -> NodeSpec:
@@ -168,8 +215,20 @@ class NodesConfig:
             else Role.train
         )
         t = self.template
-        texts = {k: getattr(t, k).format(index=index) for k in ("name", "organisation", "region")}
+        texts: dict[str, Any] = {
+            k: _numbered(f"nodes.template.{k}", getattr(t, k), index) for k in ("name", "organisation", "region")
+        }
         return dataclasses.replace(t, role=role, part=index, **texts)
+
+
+def _numbered(key: str, text: str, index: int) -> str:
+    """`text` with the index written in.  Not str.format: a text may come over a network, and formats can do more."""
+    rest = _INDEX.sub("", text)
+    _require(
+        "{" not in rest and "}" not in rest,
+        f"{key} is {text!r}; in braces only {{index}}, or {{index:04d}} with a width of 1 to 9, can stand",
+    )
+    return _INDEX.sub(lambda found: format(index, f"{found[1] or ''}d"), text)
 
 
 @dataclass
@@ -205,6 +264,11 @@ class EngineConfig:
     """ray: cores that one node's message occupies."""
     gpus_per_node: float = 0.0
 
+    def __post_init__(self) -> None:
+        _within("engine.workers", self.workers, least=1)
+        _within("engine.cpus_per_node", self.cpus_per_node, above=0)
+        _within("engine.gpus_per_node", self.gpus_per_node, least=0)
+
 
 @dataclass
 class SamplerConfig:
@@ -215,7 +279,8 @@ class SamplerConfig:
     min_nodes: int = 1
 
     def __post_init__(self) -> None:
-        _require(0 < self.fraction <= 1, f"sampler.fraction is {self.fraction}; it must be above 0, at most 1")
+        _within("sampler.fraction", self.fraction, above=0, most=1)
+        _within("sampler.min_nodes", self.min_nodes, least=1)
 
 
 @dataclass
@@ -228,6 +293,13 @@ class ServerOptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _within("server_optimizer.lr", self.lr, above=0)
+        _within("server_optimizer.momentum", self.momentum, least=0, below=1)
+        _within("server_optimizer.beta1", self.beta1, least=0, below=1)
+        _within("server_optimizer.beta2", self.beta2, least=0, below=1)
+        _within("server_optimizer.tau", self.tau, above=0)
 
 
 @dataclass
@@ -246,7 +318,9 @@ class TrackingConfig:
     """How long the end of a run waits for records to be delivered; what is left stays spooled."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, f"tracking.every is {self.every}; it must be at least 1")
+        _within("tracking.every", self.every, least=1)
+        _within("tracking.max_node_runs", self.max_node_runs, least=0)
+        _within("tracking.close_timeout_s", self.close_timeout_s, least=0)
 
 
 @dataclass
@@ -254,6 +328,9 @@ class ChecksConfig:
     """Limits that a reply must keep."""
 
     max_update_norm: float = 1000.0
+
+    def __post_init__(self) -> None:
+        _within("checks.max_update_norm", self.max_update_norm, above=0)
 
 
 @dataclass
@@ -283,10 +360,16 @@ class RunConfig:
     runs_dir: str = "runs"
 
     def __post_init__(self) -> None:
-        _require(self.rounds >= 1, f"rounds is {self.rounds}; it must be at least 1")
-        _require(self.num_byzantine >= 0, f"num_byzantine is {self.num_byzantine}; it must be at least 0")
-        _require(self.min_replies >= 1, f"min_replies is {self.min_replies}; it must be at least 1")
-        _require(self.round_timeout_s > 0, f"round_timeout_s is {self.round_timeout_s}; it must be above 0")
+        _within("rounds", self.rounds, least=1)
+        _within("num_byzantine", self.num_byzantine, least=0)
+        _within("min_replies", self.min_replies, least=1)
+        _within("round_timeout_s", self.round_timeout_s, above=0)
+        if self.run_name is not None:
+            check_name("run_name", self.run_name)
+        _require(
+            _DEVICE.fullmatch(self.device) is not None,
+            f"device={self.device} cannot be used here: choose cpu, cuda, cuda:0, mps, xpu or xpu:0",
+        )
 
 
 @dataclass

@@ -62,7 +62,7 @@ class Banks(Binary):
         MetricSpec("auc", "max"),
         MetricSpec("ap_true", "max"),
     )
-    data_files: ClassVar[tuple[str, ...]] = ("banks/creditcard_sample.csv.gz", "banks/creditcard.csv")
+    data_files: ClassVar[tuple[str, ...]] = ("banks/creditcard.csv", "banks/creditcard_sample.csv.gz")
 
     num_strata: ClassVar[int] = len(STRATUM_WEIGHTS)
 
@@ -83,7 +83,7 @@ class Banks(Binary):
             raise ConfigError("sector banks: alpha, hidden, synthetic_rows and min_rows must be above 0")
 
     def files(self) -> tuple[Path, ...]:
-        """The sample, else the full file."""
+        """The full file, `.csv` or `.csv.gz`; where it is not, the sample.  With both there the sample is not read."""
         return (files.find(self.data_files, "ULB credit card fraud", "Kaggle mlg-ulb/creditcardfraud"),)
 
     def read(self, paths: tuple[Path, ...]) -> pd.DataFrame:

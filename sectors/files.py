@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import zlib
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,20 @@ def stamp(path: Path) -> tuple[int, int]:
     except OSError as error:
         raise MissingData(f"cannot open the data file {path}: {error.strerror or error}") from error
     return found.st_mtime_ns, found.st_size
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file's bytes.  Read once a process and stamp.  Raises MissingData."""
+    return _digest(path, stamp(path))
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, stamped: tuple[int, int]) -> str:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise MissingData(f"cannot read the data file {path}: {error.strerror or error}") from error
 
 
 def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:

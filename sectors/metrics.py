@@ -4,8 +4,9 @@ AUC and average precision need every score, and scores must not leave a node.  A
 over nodes it is the histogram of the federation.  Bins are uniform in the logit, where a model spreads its scores, not
 in the probability, where rare positives crowd at one end.  Scores in one bin are ties.
 
-What a bin costs against exact scores: AUC below 0.001, average precision below 0.005.  With weights of 235 and a few
-hundred rows one tie counts for hundreds, so there it is up to 0.02; that estimate is noisier than this by itself.
+What a bin costs against exact scores: AUC below 0.001, average precision at the rows' own prevalence below 0.005.  With
+weights of 235 and a few hundred rows one tie counts for hundreds, so there it is up to 0.02; that estimate is noisier
+than this by itself, so it is shown and never decides.
 
 Law:  `score_counts(a ++ b) == score_counts(a) + score_counts(b)`, so metrics of summed counts are the pooled metrics.
 """

@@ -1,6 +1,9 @@
 """The ServerApp.  `server.app:app` runs unchanged in every engine.
 
-Its run config is one text: Hydra overrides, as one would type them after `trellis simulate`.
+Its run config is one text: Hydra overrides, as one would type them after `trellis simulate`.  They come over a network:
+whoever may submit runs to the SuperLink may choose run folders, the tracking server and data paths of the machine that
+runs the ServerApp, so an operator lets only those submit who may.  `nodes.items[].data_path` is read by simulated nodes
+only; a real node reads what its own file names.
 """
 
 from __future__ import annotations

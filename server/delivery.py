@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from conf.schema import TrackingConfig
 from server import points, store
-from server.folder import RunFolder, read_record
+from server.folder import RunFolder
 from server.ledger import Kept, Ledger, Spool, load_ledgers, round_of, save_ledger
 from server.points import Point
 from server.run_info import MAX_TAG, RunInfo, flatten
@@ -91,6 +91,8 @@ class Session:
             self._keep_late(round_)
         self._shelf.crown("best", best)
         self._shelf.crown("final", last)
+        # The param `rounds` is what the run began with: params cannot change.
+        self._client.set_tag(self._run_id, "fl.rounds", str(max(self._trained(), default=0)))
         self._client.set_tag(self._run_id, "mlflow.note.content", self._summary(last, best)[:MAX_TAG])
         for run_id in (*self._ledger.nodes.values(), self._run_id):
             self._client.set_terminated(run_id, "FINISHED" if ended else "FAILED")
@@ -184,13 +186,18 @@ class Session:
             table = points.node_table(record)
             self._client.log_dict(self._run_id, table, f"nodes/round-{record.round:05d}{suffix}.json")
             return
+        other = self._other(record)
         for node in nodes:
             if node not in self._ledger.nodes:
                 tags = self._info.node_tags(node, self._run_id)
                 run = self._client.create_run(self._experiment, start_time=_stamp(record), tags=tags, run_name=node)
                 self._ledger.nodes[node] = run.info.run_id
-            if self._sent_at(self._ledger.nodes[node], "refused", record) is None:
-                self._client.log_batch(self._ledger.nodes[node], metrics=_metrics(points.of_node(record, node), record))
+            run_id = self._ledger.nodes[node]
+            if self._sent_at(run_id, "refused", record) is None:
+                many = points.of_node(record, node)
+                if other is not None and self._has(run_id, "refused", other):
+                    many = _without(many, points.of_node(other, node))
+                self._client.log_batch(run_id, metrics=_metrics(many, record))
 
     def _deliver_points(self, record: RoundRecord) -> None:
         many = [*self._new_of_version(record), *points.of_round(record)]
@@ -202,19 +209,30 @@ class Session:
         self._client.log_batch(self._run_id, metrics=_metrics(many, record, kept, sent_at))
 
     def _new_of_version(self, record: RoundRecord) -> list[Point]:
-        """Without what the closing evaluation of a run that was then prolonged already said of this version."""
-        found = points.of_version(record)
-        other = self._folder.record_path(record.round, "evaluate" if record.purpose == "train" else "train")
-        if other.name not in self._ledger.records:
-            return found
-        return [p for p in found if p.key.startswith("test/")] if record.purpose == "evaluate" else []
+        """Without what the other record of this round already said of this version."""
+        found, other = points.of_version(record), self._other(record)
+        if other is not None and self._has(self._run_id, "round/num_asked", other):
+            return _without(found, points.of_version(other))
+        return found
+
+    def _other(self, record: RoundRecord) -> RoundRecord | None:
+        """The round's other record: a run that was prolonged has a closing evaluation and a training of one round."""
+        path = self._folder.record_path(record.round, "evaluate" if record.purpose == "train" else "train")
+        return self._spool.read(path)
+
+    def _has(self, run_id: str, key: str, record: RoundRecord) -> bool:
+        """Whether an MLflow run has the record's points, marked or not."""
+        return self._name(record) in self._ledger.records or self._sent_at(run_id, key, record) is not None
+
+    def _name(self, record: RoundRecord) -> str:
+        return self._folder.record_path(record.round, record.purpose).name
 
     def _sent_at(self, run_id: str, key: str, record: RoundRecord) -> int | None:
         """Time stamp under which a killed process sent the record's points; None when they are still to be sent."""
         if not self._shelf.careful:
             return None
-        marked = sum(round_of(name) == record.round for name in self._ledger.records)
-        history = self._client.get_metric_history(run_id, key)
+        marked = int(self._name(record) in self._ledger.records)
+        history = self._client.get_metric_history(run_id, points.named(record, key))
         found = sorted(int(m.timestamp) for m in history if m.step == record.round)
         return found[-1] if len(found) > marked else None
 
@@ -231,7 +249,8 @@ class Session:
     def _keep_late(self, round_: int) -> None:
         """Keep a version that no record brought, and link the metrics that were sent without it."""
         paths = [self._folder.record_path(round_ + 1, purpose) for purpose in PURPOSES]
-        measured = [read_record(path) for path in paths if path.name in self._ledger.records and path.exists()]
+        found = [self._spool.read(path) for path in paths if path.name in self._ledger.records]
+        measured = [record for record in found if record is not None]
         metrics = {k: v for record in measured for k, v in _measured(record).items()}
         if self._shelf.keep(round_, metrics):
             for record in measured:
@@ -239,8 +258,10 @@ class Session:
                 self._client.log_batch(self._run_id, metrics=_metrics(late, record, self._ledger.versions[round_]))
 
     def _last(self) -> int | None:
-        rounds = {round_of(name) for name in self._ledger.records if name.endswith("-train.json")}
-        return max((r for r in rounds if self._folder.version_path(r).exists()), default=None)
+        return max((r for r in self._trained() if self._folder.version_path(r).exists()), default=None)
+
+    def _trained(self) -> list[int]:
+        return [round_of(name) for name in self._ledger.records if name.endswith("-train.json")]
 
     def _best(self, values: Mapping[int, float]) -> int | None:
         """Round of the best value; of equal ones the first."""
@@ -256,9 +277,8 @@ class Session:
         return newest.endswith("-evaluate.json")
 
     def _summary(self, last: int | None, best: int | None) -> str:
-        num_rounds = sum(name.endswith("-train.json") for name in self._ledger.records)
         choices = ", ".join(f"{k.removeprefix('fl.')} {v}" for k, v in sorted(self._info.choices.items()))
-        lines = [f"**{self._info.sector}**, {num_rounds} rounds: {choices}", ""]
+        lines = [f"**{self._info.sector}**, {len(self._trained())} rounds: {choices}", ""]
         for what, round_ in (("Best", best), ("Last", last)):
             if round_ is not None:
                 value, kept = self._ledger.values.get(round_), self._ledger.versions.get(round_)
@@ -280,6 +300,12 @@ class Session:
 
 def _measured(record: RoundRecord) -> dict[str, float]:
     return {p.key: p.value for p in points.of_version(record) if p.of_version}
+
+
+def _without(many: Iterable[Point], sent: Iterable[Point]) -> list[Point]:
+    """The points that stand where no sent one does."""
+    taken = {(p.key, p.step) for p in sent}
+    return [p for p in many if (p.key, p.step) not in taken]
 
 
 def _metrics(

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from server.folder import RunFolder, read_record
+from trellis.errors import TrackingError, TrellisError
 from trellis.types import RoundRecord
 
 
@@ -44,11 +46,16 @@ class Ledger:
 
 
 def load_ledgers(folder: RunFolder) -> dict[str, Ledger]:
-    """Ledgers by URI; none when nothing was delivered yet."""
-    if not folder.tracking_path.exists():
+    """Ledgers by URI; none when nothing was delivered yet.  Raises TrackingError for a damaged file."""
+    path = folder.tracking_path
+    if not path.exists():
         return {}
-    stores = json.loads(folder.tracking_path.read_bytes())["stores"]
-    return {uri: _ledger(fields) for uri, fields in stores.items()}
+    try:
+        return {uri: _ledger(fields) for uri, fields in json.loads(path.read_bytes())["stores"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TrackingError(
+            f"{path} is damaged ({error}); without it a store is asked what it has: remove it, then sync"
+        ) from error
 
 
 def _ledger(fields: dict[str, Any]) -> Ledger:
@@ -64,11 +71,15 @@ def save_ledger(folder: RunFolder, uri: str, ledger: Ledger) -> None:
 
 
 class Spool:
-    """The records of a folder that a ledger does not have yet.  Looking again costs one `stat` a file."""
+    """The records of a folder that a ledger does not have yet.  Looking again costs one `stat` a file.
+
+    A damaged record holds back no other one: it is told in `damaged`, by file name, until it can be read.
+    """
 
     def __init__(self, folder: RunFolder) -> None:
         self._records = folder.path / "records"
         self._delivered: dict[str, int] = {}
+        self.damaged: dict[str, str] = {}
 
     def pending(self, ledger: Ledger) -> list[tuple[str, RoundRecord]]:
         """File names and records, by round.  A round done again with other params counts as new."""
@@ -77,12 +88,27 @@ class Spool:
             stamp = path.stat().st_mtime_ns
             if self._delivered.get(path.name) == stamp:
                 continue
-            record = read_record(path)
+            record = self.read(path)
+            if record is None:
+                continue
             if ledger.records.get(path.name) == record.digest:
                 self._delivered[path.name] = stamp
             else:
                 waiting.append((path.name, record))
         return sorted(waiting, key=lambda item: (item[1].round, item[1].purpose == "evaluate"))
+
+    def read(self, path: Path) -> RoundRecord | None:
+        """A record; None when it is not there, or when it is damaged."""
+        self.damaged.pop(path.name, None)
+        try:
+            return read_record(path)
+        except FileNotFoundError:
+            return None
+        except TrellisError as error:  # names the file
+            self.damaged[path.name] = str(error)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            self.damaged[path.name] = f"{path} is damaged: {error}"
+        return None
 
 
 def round_of(name: str) -> int:

@@ -66,7 +66,7 @@ def of_round(record: RoundRecord) -> list[Point]:
     if record.epsilon:
         values["privacy/epsilon_max"] = max(record.epsilon.values())
     values |= record.findings
-    points = [Point(clean(_named(record, k)), float(v), record.round) for k, v in values.items()]
+    points = [Point(clean(named(record, k)), float(v), record.round) for k, v in values.items()]
     points += _spread("update/norm", _finite(record.update_norms.values()), record.round, ("p50", "max"))
     return _sendable(points)
 
@@ -83,7 +83,7 @@ def of_node(record: RoundRecord, node: str) -> list[Point]:
         Point(clean(k), v, record.round - 1 if _is_of_version(k) else record.round)
         for k, v in record.node_metrics.get(node, {}).items()
     ]
-    points += [Point(_named(record, k), float(v), record.round) for k, v in _node_values(record, node).items()]
+    points += [Point(named(record, k), float(v), record.round) for k, v in _node_values(record, node).items()]
     return _sendable(points)
 
 
@@ -96,6 +96,11 @@ def node_table(record: RoundRecord) -> dict[str, Any]:
     }
 
 
+def named(record: RoundRecord, key: str) -> str:
+    """The closing evaluation has charts of its own: a lengthened run trains a round with the same number later."""
+    return f"closing/{key.replace('/', '_')}" if record.purpose == "evaluate" else key
+
+
 def _node_values(record: RoundRecord, node: str) -> dict[str, float]:
     known: dict[str, Mapping[str, float]] = {
         "update/norm": record.update_norms,
@@ -105,11 +110,6 @@ def _node_values(record: RoundRecord, node: str) -> dict[str, float]:
     }
     values = {key: column[node] for key, column in known.items() if node in column}
     return {**values, "refused": float(any(refusal.node == node for refusal in record.refusals))}
-
-
-def _named(record: RoundRecord, key: str) -> str:
-    """The closing evaluation has charts of its own: a lengthened run trains a round with the same number later."""
-    return f"closing/{key.replace('/', '_')}" if record.purpose == "evaluate" else key
 
 
 def _is_of_version(key: str) -> bool:

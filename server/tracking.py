@@ -27,7 +27,7 @@ from server.delivery import Session
 from server.folder import RunFolder
 from server.ledger import Ledger, Spool, load_ledgers
 from server.run_info import RunInfo
-from trellis.errors import TrackingError
+from trellis.errors import ConfigError, TrackingError
 from trellis.types import MetricSpec
 
 __all__ = ["Delivery", "NoTracker", "RunInfo", "Tracker", "TrackerLike", "git_digest", "make_tracker", "sync"]
@@ -150,13 +150,13 @@ class Tracker:
         self._stopped.set()
         self._lock.release()
         delivery = _delivery(self._folder, self._info, self._uri, error)
-        if error:
+        if delivery.error:
             _logger.warning(
                 "%d records of %s wait to be sent to %s (%s); `trellis sync %s` sends them",
                 delivery.pending,
                 self._info.run_name,
                 delivery.uri,
-                error,
+                delivery.error,
                 self._info.run_name,
             )
         self._closed = delivery
@@ -208,7 +208,7 @@ def sync(folder: RunFolder, uri: str | None = None) -> Delivery:
     """Deliver what is left of a run, from its folder alone; to another store when `uri` is given.
 
     Raises TrackingError when the folder holds no run or is being delivered by a process that is alive.  A store that
-    cannot be reached is told in `Delivery.error`.
+    cannot be reached, or a damaged record, is told in `Delivery.error`.
     """
     config, info = _read_info(folder)
     target = uri or config.uri or store.embedded_uri(folder.path.parent)
@@ -277,25 +277,32 @@ def _write_info(folder: RunFolder, config: TrackingConfig, info: RunInfo) -> Non
 def _read_info(folder: RunFolder) -> tuple[TrackingConfig, RunInfo]:
     try:
         content: dict[str, Any] = json.loads(folder.run_path.read_bytes())
-    except (OSError, ValueError) as error:
+        fields = content["info"]
+        info = RunInfo(**{**fields, "primary": MetricSpec(**fields["primary"])})
+        return from_json(TrackingConfig, content["tracking"]), info
+    except OSError as error:
         raise TrackingError(f"{folder.path} holds no run: {error}") from error
-    fields = content["info"]
-    return from_json(TrackingConfig, content["tracking"]), RunInfo(
-        **{**fields, "primary": MetricSpec(**fields["primary"])}
-    )
+    except (ConfigError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TrackingError(f"{folder.run_path} is damaged: {error}") from error
 
 
 def _delivery(folder: RunFolder, info: RunInfo, uri: str, error: str | None) -> Delivery:
-    shown = store.without_password(uri)
-    ledger = load_ledgers(folder).get(shown, Ledger())
+    shown, ledger, spool = store.without_password(uri), Ledger(), Spool(folder)
+    problems = [error] if error else []
+    try:
+        ledger = load_ledgers(folder).get(shown, ledger)
+    except TrackingError as damage:
+        problems.append(_one_line(damage))
+    waiting = spool.pending(ledger)
+    problems += [text for _, text in sorted(spool.damaged.items())]
     return Delivery(
         delivered=len(ledger.records),
-        pending=len(Spool(folder).pending(ledger)),
+        pending=len(waiting) + len(spool.damaged),
         run_id=ledger.run_id,
         uri=shown,
         model_name=info.model_name if ledger.versions else None,
         versions={r: kept.version for r, kept in sorted(ledger.versions.items())},
-        error=error,
+        error=problems[0] if problems else None,
     )
 
 

@@ -6,11 +6,18 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 # Before anything imports Flower or MLflow: nothing is downloaded, nothing is reported.
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# Tests run in as many processes as there are cores: torch's own threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes is the machine's business.
+settings.register_profile("trellis", deadline=None)
+settings.load_profile("trellis")
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from server.run import RunResult
 from trellis.cli import COMMANDS, main
+from trellis.cli import simulate as simulate_command
+from trellis.types import RoundRecord, ServerState
 
 FAST = ["rounds=1", "tracking=none"]
 
@@ -66,9 +72,160 @@ def test_the_same_seed_gives_the_same_model(capsys: pytest.CaptureFixture[str], 
 def test_people_get_a_table_and_what_to_try_next(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
     assert main(["simulate", *FAST, "run_name=shown", f"runs_dir={runs}"]) == 0
     captured = capsys.readouterr()
-    for text in ("shown", "test auc", "model ", "digest ", "trellis ui", "resume=shown"):
+    for text in ("shown", "test auc", "model ", "digest ", "next:", "trellis compare", "resume="):
         assert text in captured.out
     assert "3 nodes, real data" in captured.err
+
+
+def next_steps(out: str) -> list[list[str]]:
+    """The commands that were printed, as a shell would read them."""
+    return [shlex.split(line)[1:] for line in out.splitlines() if line.strip().startswith("trellis ")]
+
+
+@pytest.mark.parametrize("name", ["elsewhere", "my [runs] of 'may'"])
+def test_the_next_steps_that_are_printed_work(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    where = str(folder).replace("'", "\\'")
+    assert main(["simulate", *FAST, "run_name=first", f"runs_dir='{where}'"]) == 0
+    compare, resume, other = next_steps(capsys.readouterr().out)
+    assert compare[:1] == ["compare"]
+    assert main(compare) == 0
+    assert "first" in capsys.readouterr().out
+    assert resume[0] == "simulate"
+    assert main([*resume, "--json"]) == 0
+    continued = json.loads(capsys.readouterr().out)
+    assert (continued["run_name"], continued["rounds"]) == ("first", 2)
+    assert [path.name for path in folder.iterdir()] == ["first"]
+    assert other == ["simulate", "sector=banks", "nodes=consortium"]
+
+
+def test_the_next_steps_are_short_where_runs_are_in_their_usual_place(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["simulate", *FAST, "run_name=first"]) == 0
+    compare, resume, _ = next_steps(capsys.readouterr().out)
+    assert (compare, resume) == (["compare"], ["simulate", "resume=first", "rounds=2"])
+    assert main(compare) == 0
+    assert main([*resume, "--json"]) == 0
+
+
+def test_the_ui_is_a_next_step_where_its_database_is(tmp_path: Path) -> None:
+    result = made(tmp_path / "runs" / "one", [])
+    assert not any(step.startswith("trellis ui") for step in simulate_command._next(result))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mlflow.db").touch()
+    assert f"trellis ui --runs-dir {tmp_path / 'runs'}" in simulate_command._next(result)
+
+
+# ---------------------------------------------------------------- texts written by others
+
+FOREIGN = "[/x]\x1b[31m\r\u202e"
+"""Markup that closes nothing, a colour, a carriage return, and an order to write from right to left."""
+
+
+def made(folder: Path, refusals: list[dict[str, Any]], **changes: Any) -> RunResult:
+    result = RunResult(
+        run_id="r", run_name=folder.name, run_dir=str(folder), tracking_uri=None, sector="banks", data_source="real",
+        engine="local", rounds=1, primary_metric={"name": "ap", "split": "test", "value": 0.5}, baselines=None,
+        model_digest="d", model_version=None, refusals=refusals, seconds=1.0, bytes_up=1, bytes_down=1,
+        epsilon_max=None,
+    )  # fmt: skip
+    return replace(result, **changes)
+
+
+def assert_harmless(text: str) -> None:
+    assert "[/x]" in text, "brackets are shown as they are"
+    assert not {c for c in text if not c.isprintable()} - {"\n"}
+
+
+def test_what_nodes_say_is_shown_as_plain_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    refusal = {"round": 1, "node": f"a{FOREIGN}", "reason": f"b{FOREIGN}", "evidence": FOREIGN}
+    alone = {"pooled": {"ap": 0.5}, "local_only": {"nodes": {f"n{FOREIGN}": None}}}
+    first = made(tmp_path / "one", [refusal], baselines=alone, run_name=f"one{FOREIGN}")
+    simulate_command._show([first])
+    assert_harmless(capsys.readouterr().out)
+    simulate_command._show([first, made(tmp_path / "two", [refusal])])
+    out = capsys.readouterr().out
+    assert_harmless(out)
+    assert "two" in out, "a run that is shown after it"
+
+
+def test_a_refusal_cannot_stop_a_run_that_follows(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(overrides: list[str], on_round: Any) -> RunResult:
+        state = ServerState(run="r", round=1, params={})
+        record = RoundRecord("r", 1, "train", 0.0, "d", "d", (), (), (), closed=FOREIGN)
+        on_round(state, record)
+        refusal = {"round": 1, "node": "a", "reason": "error", "evidence": FOREIGN}
+        return made(tmp_path / overrides[-1].partition("=")[2], [refusal])
+
+    monkeypatch.setattr("experiments.simulate.simulate", run)
+    arguments = ["--multirun", "sector.options.hidden=[8]", "run_name=one,two"]
+    assert main(["simulate", *arguments]) == 0
+    captured = capsys.readouterr()
+    assert_harmless(captured.out)
+    assert "one" in captured.out
+    assert "two" in captured.out
+    assert_harmless(captured.err)
+    assert "sector.options.hidden=[8] run_name=two" in captured.err
+
+
+def test_runs_and_settings_are_compared_as_plain_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        result = made(tmp_path / name, [], run_name=f"{name}{FOREIGN}", model_digest=FOREIGN)
+        (tmp_path / name / "result.json").write_text(json.dumps(asdict(result)))
+        config = {"sector": {"options": {FOREIGN: f"{name}{FOREIGN}"}}}
+        (tmp_path / name / "config.json").write_text(json.dumps({"config": config}))
+    assert main(["compare", "--runs-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert_harmless(out)
+    assert "two[/x]" in out
+
+
+def test_a_federation_is_shown_as_plain_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nodes", "show", f'nodes.items.0.organisation="a{FOREIGN}"']) == 0
+    assert_harmless(capsys.readouterr().out)
+
+
+def test_a_delivery_is_told_as_plain_text(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "config.json").write_text("{}")
+    found = SimpleNamespace(delivered=1, pending=1, complete=False, uri=FOREIGN, error=FOREIGN)
+    monkeypatch.setattr("server.tracking.sync", lambda folder, uri: found)
+    assert main(["sync", "one", "--runs-dir", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert_harmless(captured.out)
+    assert_harmless(captured.err)
+
+
+def test_an_error_is_told_as_plain_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["compare", FOREIGN, "--runs-dir", str(tmp_path)]) == 2
+    assert_harmless(capsys.readouterr().err)
+
+
+# ---------------------------------------------------------------- progress
+
+
+@pytest.mark.parametrize(
+    ("measured", "best", "shown"),
+    [
+        ({"val/auc": 0.98123, "val/loss": 0.2}, 0.985, "val auc 0.9812 (best 0.9850)"),
+        ({"val/auc": 0.98123}, None, "val auc 0.9812"),
+        ({"val/loss": 0.25}, 0.985, "val loss 0.2500 (best 0.9850)"),
+        ({}, 0.985, "(best 0.9850)"),
+        ({}, None, ""),
+    ],
+)
+def test_progress_shows_what_the_round_measured_beside_the_best(
+    measured: dict[str, float], best: float | None, shown: str
+) -> None:
+    record = RoundRecord("r", 1, "train", 0.0, "d", "d", (), (), (), base_metrics=measured)
+    assert simulate_command._metric(record, "auc", best) == shown
 
 
 def test_synthetic_rows_are_named_wherever_a_result_is_shown(capsys: pytest.CaptureFixture[str], runs: Path) -> None:
@@ -88,6 +245,13 @@ def test_synthetic_rows_are_named_wherever_a_result_is_shown(capsys: pytest.Capt
         (["rouns=3"], "did you mean rounds"),
         (["rounds=many"], "could not be converted to Integer"),
         (["rounds=0"], "must be at least 1"),
+        (["rounds"], "write key=value"),
+        (["seed=0,1"], "use --multirun to run all of seed=0,1"),
+        (["--multirun", "rounds"], "write key=value"),
+        (["run_name=../escaped"], "it must be 1 to 64 letters"),
+        (["nodes.items.0.name=../../x"], "it must be 1 to 64 letters"),
+        (["device=meta"], "device=meta cannot be used"),
+        (["sector=../../elsewhere"], "choose one of: banks"),
         (["num_byzantine=1"], "tolerates no liar"),
         (["min_replies=4"], "at most 3 of 3 training nodes"),
         (["device=cuda:99"], "device=cuda:99 cannot be used"),
@@ -142,6 +306,12 @@ def test_every_command_explains_itself(capsys: pytest.CaptureFixture[str]) -> No
         assert f"trellis {command}" in capsys.readouterr().out
 
 
+def test_help_says_what_runs_without_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["simulate", "--help"])
+    assert "without overrides, experiment=demo" in capsys.readouterr().out
+
+
 def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     out = capsys.readouterr().out
@@ -157,7 +327,9 @@ def test_an_unknown_command_names_the_choices(capsys: pytest.CaptureFixture[str]
 
 def test_sectors_lists_task_metric_and_data(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sectors"]) == 0
-    assert "creditcard_sample" in capsys.readouterr().out.replace("\n", "")
+    out = capsys.readouterr().out
+    assert "creditcard_sample" in out.replace("\n", "")
+    assert "data (under $TRELLIS_DATA)" in out
     assert main(["sectors", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert {s["name"]: s["primary_metric"]["name"] for s in listed} == {"banks": "ap", "healthcare_wisconsin": "auc"}

@@ -219,6 +219,34 @@ def test_the_policy_mod_guards_a_foreign_app(declared: float, allowed: bool, tmp
     assert refused(reply) == "policy.sector"
 
 
+# ---------------------------------------------------------------- identity of a simulated node
+
+
+def enrolled(names: list[str], store: str) -> Context:
+    context = Context(1, 2, {"partition-id": 0, identity.SIMULATED: True}, RecordDict(), {})
+    federation = to_json(NodesConfig(items=[NodeSpec(name=name) for name in names]))
+    identity.enrol(context, canonical.encode(federation).decode(), store)
+    return context
+
+
+def test_a_simulated_node_keeps_its_state_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    assert identity.of(enrolled(["ash"], str(tmp_path))).store == tmp_path / "ash"
+    assert identity.of(enrolled(["ash"], "")).store is None
+
+
+@pytest.mark.parametrize("name", ["../x", "..", ".", "/etc", "a/b"])
+def test_a_name_that_leads_out_of_the_store_is_no_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(PolicyRefusal, match=r"policy\.identity: .*it must be 1 to 64 letters"):
+        enrolled([name], str(tmp_path / "nodes"))
+
+
+def test_a_store_that_is_a_link_to_elsewhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "nodes").mkdir()
+    (tmp_path / "nodes" / "ash").symlink_to(tmp_path)
+    with pytest.raises(PolicyRefusal, match=r"policy\.identity: the state of node 'ash' would be kept outside"):
+        enrolled(["ash"], str(tmp_path / "nodes"))
+
+
 # ---------------------------------------------------------------- identity of a deployed node
 
 
@@ -261,8 +289,9 @@ def test_a_deployed_node_counts_only_rows_it_consents_to(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "text", [None, "", "part: 1\n", "- a list\n", "name: [\n", "name: a\npolicy: {sectors: banks}\n", "nom: a\n"]
-)
+    "text", [None, "", "part: 1\n", "- a list\n", "name: [\n", "name: a\npolicy: {sectors: banks}\n", "nom: a\n",
+             "name: ../a\n", "name: a/b\n", "name: .\n"],
+)  # fmt: skip
 def test_a_deployed_node_without_a_good_file_refuses_everything(text: str | None, tmp_path: Path) -> None:
     file = tmp_path / "node.yaml"
     if text is not None:

@@ -11,7 +11,7 @@ import torch
 import sectors
 from clients import training
 from conf.schema import OptimizerName, TrainingConfig
-from sectors.base import Place, Rows, add_counts, num_rows, take
+from sectors.base import Place, Rows, num_rows, take
 from sectors.params import initial_arrays
 from trellis.vectors import Layout, digest
 
@@ -108,7 +108,8 @@ def test_counts_add_up_over_rows_and_batches(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(training, "EVALUATION_BATCH", 7)
     half = num_rows(DATA.train) // 2
     first, second = take(DATA.train, np.arange(half)), take(DATA.train, np.arange(half, num_rows(DATA.train)))
-    parts = add_counts(training.evaluate(SECTOR, PARAMS, first), training.evaluate(SECTOR, PARAMS, second))
+    halves = [training.evaluate(SECTOR, PARAMS, rows) for rows in (first, second)]
+    parts = {name: halves[0][name] + halves[1][name] for name in halves[0]}
     for name, spec in SECTOR.all_counts().items():
         assert np.allclose(whole[name], parts[name], rtol=1e-6)
         assert (whole[name].shape, whole[name].dtype.name) == (spec.shape, spec.dtype)

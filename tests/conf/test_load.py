@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_module
@@ -57,6 +60,8 @@ def test_rounds_follow_the_sector_unless_set() -> None:
         ("sector.options={_target_: os.system}", "_target_"),
         ("run_name=${oc.env:HOME}", "interpolates"),
         ("run_name='${oc.env:HOME}'", "interpolates"),
+        (r"run_name=$\{oc.env:HOME\}", "interpolates"),
+        (r"sector.options={a: [$\{oc.env:HOME\}]}", "interpolates"),
         ("hydra.run.dir=/tmp", "Hydra itself"),
         ("+hydra.x=1", "Hydra itself"),
         ("++hydra.x=1", "Hydra itself"),
@@ -84,6 +89,56 @@ def test_an_unknown_option_is_answered_with_the_choices(group: str) -> None:
         load([f"{group}=nosuchthing"])
     assert f"{group}=nosuchthing does not exist" in str(found.value)
     assert all(option in str(found.value) for option in choices(group))
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The way from a group's folder to a file that nobody shipped; it would tell what is in the environment."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    text = "# @package _global_\nrun_name: ${oc.env:SECRET}\n"
+    (tmp_path / "evil.yaml").write_text(text)
+    return os.path.relpath(tmp_path / "evil", Path(loading.__file__).parent / "sector")
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["sector={}", "sector='{}'", "+sector={}", "++sector={}", "sector@x={}", "+sector@x={}", "+sector@_global_={}",
+     "sector=[{}]", "experiment=[demo,{}]", "sector={}.yaml", "+__pycache__={}", "+hydra={}", "override /sector={}",
+     "/sector={}", "+sector/x={}", "+defaults=[{{sector: '{}'}}]"],
+)  # fmt: skip
+def test_a_group_has_no_options_outside_its_folder(written: str, outside: str) -> None:
+    for compose_ in (load, sweep):
+        with pytest.raises(ConfigError) as found:
+            compose_([written.format(outside)])
+        assert "hunter2" not in str(found.value)
+
+
+@pytest.mark.parametrize("written", ["sector=banks,{}", "sector={},banks", "sector=choice(banks,'{}')"])
+def test_each_option_of_a_sweep_must_be_shipped(written: str, outside: str) -> None:
+    with pytest.raises(ConfigError, match="choose one of: banks, healthcare_wisconsin"):
+        sweep([written.format(outside)])
+
+
+@pytest.mark.parametrize("value", ["null", "1", "true", "{name: banks}", "", "banks.yaml"])
+def test_a_group_takes_the_name_of_an_option_and_nothing_else(value: str) -> None:
+    with pytest.raises(ConfigError, match="choose one of: banks, healthcare_wisconsin"):
+        load([f"sector={value}"])
+
+
+def test_a_group_may_take_several_of_its_options() -> None:
+    assert load(["experiment=[demo,none]"]).rounds == 8
+
+
+@pytest.mark.parametrize("written", ["sector=glob(*)", "seed=interval(0,1)"])
+def test_a_sweep_that_does_not_list_its_values_is_refused(written: str) -> None:
+    with pytest.raises(ConfigError, match="does not list its values"):
+        sweep([written])
+
+
+@pytest.mark.parametrize("compose_", [load, sweep])
+def test_an_override_without_a_value_is_told_how_to_give_one(compose_: Callable[[list[str]], object]) -> None:
+    with pytest.raises(ConfigError, match="'rounds' has no value: write key=value"):
+        compose_(["rounds"])
 
 
 @pytest.mark.parametrize(
@@ -117,6 +172,47 @@ def test_a_suggestion_is_made_once() -> None:
         ("sector.training.batch_size=0", "batch_size is 0"),
         ("sector.training.lr=0", "training.lr"),
         ("sector.training.max_examples=0", "max_examples is 0"),
+        ("sector.training.lr=nan", "training.lr is nan"),
+        ("sector.training.lr=inf", "training.lr is inf; it must be above 0, and finite"),
+        ("sector.training.momentum=1", "training.momentum is 1.0; it must be at least 0 and below 1"),
+        ("sector.training.momentum=-0.1", "training.momentum is -0.1"),
+        ("sector.training.weight_decay=-1", "training.weight_decay is -1"),
+        ("sector.training.weight_decay=inf", "training.weight_decay is inf"),
+        ("engine.workers=0", "engine.workers is 0; it must be at least 1$"),
+        ("engine.workers=-2", "engine.workers is -2"),
+        ("+engine.cpus_per_node=0", "engine.cpus_per_node is 0"),
+        ("+engine.gpus_per_node=-1", "engine.gpus_per_node is -1"),
+        ("checks.max_update_norm=0", "checks.max_update_norm is 0"),
+        ("checks.max_update_norm=-1", "checks.max_update_norm is -1"),
+        ("checks.max_update_norm=inf", "checks.max_update_norm is inf"),
+        ("checks.max_update_norm=nan", "checks.max_update_norm is nan"),
+        ("round_timeout_s=inf", "round_timeout_s is inf"),
+        ("round_timeout_s=nan", "round_timeout_s is nan"),
+        ("server_optimizer.lr=0", "server_optimizer.lr is 0"),
+        ("server_optimizer.lr=nan", "server_optimizer.lr is nan"),
+        ("+server_optimizer.momentum=1", "server_optimizer.momentum is 1"),
+        ("+server_optimizer.beta1=1", "server_optimizer.beta1 is 1"),
+        ("+server_optimizer.beta2=-0.5", "server_optimizer.beta2 is -0.5"),
+        ("+server_optimizer.tau=0", "server_optimizer.tau is 0"),
+        ("+sampler.fraction=nan", "sampler.fraction is nan"),
+        ("+sampler.min_nodes=0", "sampler.min_nodes is 0"),
+        ("+nodes.held_out.test=1", "held_out.test is 1"),
+        ("+nodes.held_out.validation=-0.1", "held_out.validation is -0.1"),
+        ("+nodes.held_out={validation: 0.5, test: 0.5}", r"validation \+ nodes.held_out.test is 1.0"),
+        ("nodes.items.0.link.latency_ms=nan", "link.latency_ms is nan"),
+        ("nodes.items.0.link.uplink_mbit_s=inf", "link.uplink_mbit_s is inf"),
+        ("nodes.items.0.link.availability=nan", "link.availability is nan"),
+        ("tracking.every=0", "tracking.every is 0"),
+        ("tracking.max_node_runs=-1", "tracking.max_node_runs is -1"),
+        ("tracking.close_timeout_s=-1", "tracking.close_timeout_s is -1"),
+        ("tracking.close_timeout_s=nan", "tracking.close_timeout_s is nan"),
+        ("device=meta", "device=meta cannot be used here: choose cpu"),
+        ("device=cuda:", "device=cuda: cannot"),
+        ("device=cpu:0", "device=cpu:0 cannot"),
+        ("run_name=../escaped", r"run_name is '../escaped'; it must be 1 to 64 letters"),
+        ("run_name=.", "run_name is '.'"),
+        ("run_name=a/b", "run_name is 'a/b'"),
+        ("run_name=", "run_name is ''"),
         ("+foo=1", "foo"),
         ("seed", "seed"),
     ],
@@ -124,6 +220,14 @@ def test_a_suggestion_is_made_once() -> None:
 def test_a_value_that_does_not_fit_is_named(override: str, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         load([override])
+
+
+@pytest.mark.parametrize(
+    "override", ["device=cuda:0", "device=mps", "run_name=a.B-3_c", "tracking.close_timeout_s=0",
+                 "tracking.max_node_runs=0", "sector.training.momentum=0", "sector.training.weight_decay=0"],
+)  # fmt: skip
+def test_a_value_at_its_limit_is_taken(override: str) -> None:
+    load([override])
 
 
 def test_composing_in_eight_threads_at_once_gives_each_its_own() -> None:
@@ -155,7 +259,7 @@ def test_composing_inside_another_hydra_gives_it_back() -> None:
             ["seed=0,1", "sector=banks,healthcare_wisconsin"],
             [[f"seed={s}", f"sector={n}"] for s in (0, 1) for n in ("banks", "healthcare_wisconsin")],
         ),
-        (["run_name='a b','c'"], [["run_name='a b'"], ["run_name='c'"]]),
+        (["tracking.experiment='a b','c'"], [["tracking.experiment='a b'"], ["tracking.experiment='c'"]]),
         (["sector.options.hidden=[1,2]"], [["sector.options.hidden=[1,2]"]]),
         (["sector.options.hidden=[8],[4,4]"], [["sector.options.hidden=[8]"], ["sector.options.hidden=[4,4]"]]),
     ],
@@ -167,5 +271,5 @@ def test_a_sweep_is_the_product_of_its_choices_in_the_order_written(written: lis
 
 
 def test_a_sweep_is_not_one_run() -> None:
-    with pytest.raises(ConfigError, match="seed=1,2"):
+    with pytest.raises(ConfigError, match="use --multirun to run all of seed=1,2"):
         load(["seed=1,2"])

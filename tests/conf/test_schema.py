@@ -126,6 +126,7 @@ def test_nodes_are_sorted_by_name_and_keep_their_place_as_part() -> None:
         (NodesConfig(items=[NodeSpec(name="a"), NodeSpec(name="a"), NodeSpec(name="b")]), r"repeated: \['a'\]"),
         (NodesConfig(count=3, template=NodeSpec(name="device")), r"repeated: \['device'\]"),
         (NodesConfig(items=[NodeSpec(name="a"), NodeSpec()]), "its own name"),
+        (NodesConfig(count=-1), "nodes.count is -1"),
         (NodesConfig(), "either `items` or a `count`"),
         (NodesConfig(items=[NodeSpec(name="a")], count=2), "either `items` or a `count`"),
     ],
@@ -133,6 +134,53 @@ def test_nodes_are_sorted_by_name_and_keep_their_place_as_part() -> None:
 def test_a_federation_of_unnamed_or_equally_named_nodes_is_refused(nodes: NodesConfig, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         nodes.expand()
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "..", ".", ".hidden", "-x", "a/b", "a b", "a\n", "a\x1b[31m", "ä", "[/x]", "a" * 65]
+)
+def test_a_name_that_is_no_folders_name_is_refused(name: str) -> None:
+    needed = r"it must be 1 to 64 letters, digits"
+    for nodes in (NodesConfig(items=[NodeSpec(name=name)]), NodesConfig(count=1, template=NodeSpec(name=name))):
+        with pytest.raises(ConfigError, match=needed) as found:
+            nodes.expand()
+        assert repr(name) in str(found.value)
+    with pytest.raises(ConfigError, match=needed):
+        RunConfig(run_name=name)
+
+
+@pytest.mark.parametrize("name", ["a", "0", "a" * 64, "device-0007", "A.b_c-1"])
+def test_a_name_that_is_a_folders_name_is_taken(name: str) -> None:
+    assert NodesConfig(items=[NodeSpec(name=name)]).expand()[0].name == name
+    assert RunConfig(run_name=name).run_name == name
+
+
+def test_the_name_that_counts_is_the_one_with_its_index() -> None:
+    template = NodeSpec(name="d" * 60 + "{index:05d}")
+    with pytest.raises(ConfigError, match=f"'{'d' * 60}00000'"):
+        NodesConfig(count=1, template=template).expand()
+
+
+@pytest.mark.parametrize(
+    ("text", "seventh"),
+    [("n{index}", "n7"), ("n{index:04d}-{index}", "n0007-7"), ("n{index:09d}", "n000000007"),
+     ("n{index:3d}", "n  7"), ("n", "n")],
+)  # fmt: skip
+def test_a_template_writes_the_index_where_it_says_so(text: str, seventh: str) -> None:
+    specs = NodesConfig(count=8, template=NodeSpec(name="n{index}", organisation=text)).expand()
+    assert specs[7].organisation == seventh
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{index:999999999d}", "{index:d}", "{index:010d}", "{index.__class__}", "{index!r}", "{index:x}", "{index:>9}", "{0}",
+     "{}", "{name}", "{{index}}", "{", "}", "{index", "{index:{index}d}"],
+)  # fmt: skip
+def test_nothing_else_in_braces_means_anything(text: str) -> None:
+    for field in ("name", "organisation", "region"):
+        template = NodeSpec(**{"name": "n{index}", field: f"n{text}"})  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=f"nodes.template.{field} is .*only {{index}}"):
+            NodesConfig(count=2, template=template).expand()
 
 
 def test_a_task_says_whether_whole_nodes_are_held_out() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import sectors
-from sectors.base import SPLITS, NodeData, Place, Rows, Sector, add_counts, concatenate, num_rows, take, to_batch
+from sectors.base import SPLITS, NodeData, Place, Rows, Sector, concatenate, num_rows, take, to_batch
 from trellis.errors import ConfigError, DataError, MissingData
 from trellis.types import Role
 
@@ -124,9 +124,8 @@ def test_metrics_of_summed_counts_are_the_pooled_metrics(sector: Sector, place: 
             return sector.counts(sector.forward(model, batch), batch)
 
     parts = [node.split(split) for node in federation(sector, place)]
-    summed: dict[str, np.ndarray] = {}
-    for rows in parts:
-        summed = add_counts(summed, counts(rows))
+    each = [counts(rows) for rows in parts]
+    summed = {k: sum(c[k] for c in each) for k in each[0]}
     pooled = sector.metrics(counts(concatenate(parts)))
     assert sector.metrics(summed) == pooled
     assert set(pooled) == {spec.name for spec in sector.metric_specs}
@@ -236,6 +235,19 @@ def test_an_own_file_in_the_published_format_is_the_whole_part(sector: Sector, p
     data = sector.load(Place(5, 10, path=path))
     own = sorted(i for s in SPLITS for i in identities(data.split(s)))
     assert own == sorted(identities(sector.pool(table).rows))
+
+
+def test_the_fingerprint_tells_the_sources_of_rows_apart(case: Case, sector: Sector) -> None:
+    found = [
+        sector.fingerprint(synthetic=False),
+        sector.fingerprint(synthetic=True),
+        sectors.get(case.name, {"split_seed": 1}).fingerprint(synthetic=True),
+        sectors.get(case.name, {"synthetic_rows": 50}).fingerprint(synthetic=True),
+    ]
+    assert len(set(found)) == 4
+    assert sectors.get(case.name, {"split_seed": 1}).fingerprint(synthetic=False) == found[0]
+    others = [sectors.get(name).fingerprint(synthetic=True) for name in sectors.names()]
+    assert len(set(others)) == len(others)
 
 
 def test_a_part_that_does_not_exist_is_a_data_error(sector: Sector) -> None:

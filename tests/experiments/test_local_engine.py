@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from experiments.engines.local import LocalGrid, load_app, node_ids
+from experiments.engines.local import LocalGrid, load_app
 from experiments.simulate import simulate
 from strategies.exchange import door
 from trellis.errors import ConfigError
@@ -48,11 +48,11 @@ def content(**values: Any) -> RecordDict:
 
 
 def to_all(grid: LocalGrid, what: RecordDict | None = None, kind: str = "train") -> list[Message]:
-    return [Message(what or content(), node_id, kind) for node_id in node_ids(grid)]
+    return [Message(what or content(), node_id, kind) for node_id in grid.get_node_ids()]
 
 
 def by_node(grid: LocalGrid, replies: Any) -> dict[int, Message]:
-    order = node_ids(grid)
+    order = list(grid.get_node_ids())
     return {order.index(r.metadata.src_node_id): r for r in replies}
 
 
@@ -100,7 +100,7 @@ def test_a_reply_is_pulled_once_and_only_by_its_own_id() -> None:
 
 def test_node_ids_are_random_and_partitions_are_not() -> None:
     one, two = grid_of(echo, 50), grid_of(echo, 50)
-    assert set(node_ids(one)).isdisjoint(node_ids(two))
+    assert set(one.get_node_ids()).isdisjoint(two.get_node_ids())
     assert len(list(one.get_nodes())) == 50
     assert [c.node_config["partition-id"] for c in one._contexts.values()] == list(range(50))
 
@@ -164,7 +164,7 @@ def test_a_node_cannot_reply_in_anothers_name() -> None:
         return reply
 
     grid = grid_of(forger)
-    order = node_ids(grid)
+    order = list(grid.get_node_ids())
     replies = list(grid.send_and_receive(to_all(grid)))
     assert sorted(r.metadata.src_node_id for r in replies) == sorted(order)
 
@@ -175,7 +175,7 @@ def test_a_node_cannot_reply_in_anothers_name() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_nodes_context_lives_as_long_as_the_run_and_is_its_own(workers: int) -> None:
     with LocalGrid(CRASHING, 3, workers=workers) as grid:
-        order = node_ids(grid)
+        order = list(grid.get_node_ids())
         for asked, who in ((1, [0, 1, 2]), (2, [0, 1]), (3, [0])):
             messages = [Message(content(), order[i], "evaluate") for i in who]
             replies = by_node(grid, grid.send_and_receive(messages))

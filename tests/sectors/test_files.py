@@ -40,13 +40,47 @@ def test_a_missing_file_is_reported_with_what_to_do(root: Path) -> None:
         (["creditcard.csv"], "creditcard.csv"),
         (["creditcard.csv.gz"], "creditcard.csv.gz"),
         (["creditcard_sample.csv"], "creditcard_sample.csv"),
-        (["creditcard.csv", "creditcard_sample.csv.gz"], "creditcard_sample.csv.gz"),
+        (["creditcard.csv", "creditcard_sample.csv.gz"], "creditcard.csv"),
+        (["creditcard.csv.gz", "creditcard_sample.csv"], "creditcard.csv.gz"),
     ],
 )
-def test_plain_and_gzipped_files_are_found_and_the_sample_first(root: Path, present: list[str], chosen: str) -> None:
+def test_plain_and_gzipped_files_are_found_and_the_full_file_first(root: Path, present: list[str], chosen: str) -> None:
     for name in present:
         (root / "banks" / name).touch()
     assert Banks().files() == (root / "banks" / chosen,)
+
+
+def test_the_fingerprint_follows_names_and_bytes_of_the_files_never_their_place(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = root / "banks" / "creditcard_sample.csv"
+    path.write_bytes(b"some bytes")
+    first = Banks().fingerprint(synthetic=False)
+    assert len(first) == 64
+    assert Banks(partition="uniform").fingerprint(synthetic=False) == first
+
+    elsewhere = tmp_path / "elsewhere" / "banks"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setenv("TRELLIS_DATA", str(elsewhere.parent))
+    assert Banks().fingerprint(synthetic=False) == first
+
+    monkeypatch.setenv("TRELLIS_DATA", str(root))
+    path.write_bytes(b"other, longer bytes")
+    other = Banks().fingerprint(synthetic=False)
+    path.rename(path.with_name("creditcard.csv"))
+    assert len({first, other, Banks().fingerprint(synthetic=False)}) == 3
+
+
+def test_a_file_is_digested_once_while_it_stays_the_same(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "banks" / "creditcard.csv").write_bytes(b"bytes of this test alone")
+    first = Banks().fingerprint(synthetic=False)
+    monkeypatch.setattr(files.hashlib, "file_digest", None)
+    assert Banks().fingerprint(synthetic=False) == first
+
+
+def test_a_place_without_the_files_has_no_fingerprint_of_them(root: Path) -> None:
+    assert Banks().fingerprint(synthetic=False) == ""
 
 
 def test_a_damaged_gzip_is_a_data_error_that_names_the_file(root: Path) -> None:

@@ -23,7 +23,7 @@ from mlflow.entities import Run
 
 from conf.schema import TrackingConfig, TrackingName
 from server import shelf, store, tracking
-from server.folder import RunFolder
+from server.folder import RunFolder, read_record
 from server.tracking import Delivery, NoTracker, git_digest, make_tracker, sync
 from trellis.errors import TrackingError
 from trellis.types import Refusal
@@ -416,6 +416,149 @@ def test_a_prolonged_run_goes_on_in_the_same_runs(written: Any) -> None:
     assert sorted(seen.versions()) == [1, 2]
     assert "fl.final" not in seen.versions()[1].tags
     assert seen.run.info.status == "FINISHED"
+
+
+def prolonged(written: Any) -> None:
+    """Two rounds and an end, delivered; then two rounds more and another end."""
+    written.config.rounds = 2
+    NoTracker(written.folder, written.tracking, written.info).start()
+    written.write_rounds({0: 0.5, 1: 0.6, 2: 0.7})
+    assert deliver(written).complete
+    written.config.rounds = 4
+    written.started_at += 1000.0
+    for round_, auc in ((3, 0.7), (4, 0.8)):
+        written.write_round(round_, auc)
+    written.write_end(4, 0.9)
+
+
+def stands_once(seen: Seen) -> None:
+    """Every point of every run stands at its step once."""
+    for run in (seen.run, *seen.runs("node")):
+        for key in run.data.metrics:
+            steps = [step for step, _ in seen.history(key, run)]
+            assert len(steps) == len(set(steps)), (run.info.run_name, key, steps)
+
+
+def test_a_prolonged_run_says_everything_of_a_version_once(written: Any) -> None:
+    prolonged(written)
+    assert deliver(written).complete
+    seen = Seen(written.uri)
+    stands_once(seen)
+    assert seen.history("val/auc") == [(0, 0.5), (1, 0.6), (2, 0.7), (3, 0.8), (4, 0.9)]
+    assert [s for s, _ in seen.history("nodes/auc_max")] == [0, 1, 2, 3, 4]
+    alba = seen.node("alba")
+    assert seen.history("val/auc", alba) == seen.history("val/auc")
+    assert [s for s, _ in seen.history("update/norm", alba)] == [1, 2, 3, 4]
+    assert [s for s, _ in seen.history("closing/refused", alba)] == [3, 5]
+    assert seen.history("test/auc") == [(2, 0.77), (4, 0.77)]
+
+
+def test_a_prolonged_run_sent_as_a_whole_says_everything_once(written: Any, tmp_path: Path, template_db: Path) -> None:
+    prolonged(written)
+    assert deliver(written).complete
+    second = tmp_path / "second.db"
+    second.write_bytes(template_db.read_bytes())
+    assert sync(written.folder, f"sqlite:///{second}").complete
+    seen = Seen(f"sqlite:///{second}")
+    stands_once(seen)
+    assert seen.history("val/auc", seen.node("alba")) == Seen(written.uri).history("val/auc")
+    assert seen.history("test/auc") == [(2, 0.77), (4, 0.77)]
+
+
+def test_a_run_prolonged_before_its_end_was_marked_says_everything_once(written: Any) -> None:
+    written.write_rounds({0: 0.5, 1: 0.6})
+    (end,) = (written.folder.path / "records").glob("*-evaluate.json")
+    kept = end.read_bytes()
+    end.unlink()
+    sync(written.folder)
+    marks = written.folder.tracking_path.read_bytes()
+    end.write_bytes(kept)
+    sync(written.folder)
+    written.folder.tracking_path.write_bytes(marks)  # as if killed just before the mark of the end
+    written.started_at += 1000.0
+    written.write_round(2, 0.6)
+    written.write_end(2, 0.7)
+    assert sync(written.folder).complete
+    seen = Seen(written.uri)
+    stands_once(seen)
+    assert seen.history("val/auc", seen.node("alba")) == [(0, 0.5), (1, 0.6), (2, 0.7)]
+
+
+def test_what_a_node_says_first_in_the_later_record_of_a_round_is_kept(written: Any) -> None:
+    """The closing evaluation asks every node, a round only those it drew."""
+    written.write_rounds({0: 0.5, 1: 0.6})
+    end = read_record(written.folder.record_path(2, "evaluate"))
+    some = {name: metrics for name, metrics in end.node_metrics.items() if name != "alba"}
+    written.folder.write_record(replace(end, node_metrics=some))
+    assert deliver(written).complete
+    written.started_at += 1000.0
+    written.write_round(2, 0.6)
+    assert deliver(written).complete
+    seen = Seen(written.uri)
+    stands_once(seen)
+    assert [seen.history("val/auc", seen.node(n))[-1][0] for n in ("alba", "borealis")] == [1, 1]
+
+
+def test_a_prolonged_large_federation_has_one_table_a_record(runs_dir: Path, written: Any) -> None:
+    large = type(written)(runs_dir, nodes=tuple(f"n{i:03d}" for i in range(70)), name="large")
+    prolonged(large)
+    assert deliver(large).complete
+    seen = Seen(large.uri)
+    tables = [Path(a.path).name for a in seen.client.list_artifacts(seen.run.info.run_id, "nodes")]
+    trained = [f"round-{r:05d}.json" for r in (1, 2, 3, 4)]
+    assert sorted(tables) == sorted([*trained, "round-00003-evaluate.json", "round-00005-evaluate.json"])
+    stands_once(seen)
+
+
+def test_the_tag_of_rounds_follows_a_prolonged_run(written: Any) -> None:
+    prolonged(written)
+    seen = Seen(written.uri)
+    assert (seen.run.data.params["rounds"], seen.run.data.tags["fl.rounds"]) == ("2", "2")
+    assert deliver(written).complete
+    assert (seen.run.data.params["rounds"], seen.run.data.tags["fl.rounds"]) == ("2", "4")
+
+
+@pytest.mark.parametrize("content", [b'{"run": "id-of-', b"", b"[1]", b"{}", b"\xff"])
+def test_a_damaged_record_is_named_and_holds_back_no_other(
+    written: Any, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    written.write_rounds({0: 0.5, 1: 0.6, 2: 0.9})
+    path = written.folder.record_path(2, "train")
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    for done in (deliver(written), sync(written.folder)):
+        assert (done.delivered, done.pending) == (2, 1)
+        assert str(path) in str(done.error)
+        assert "damaged" in str(done.error)
+        assert not done.complete
+    assert str(path) in caplog.text
+    path.write_bytes(whole)
+    assert sync(written.folder).complete
+    seen = Seen(written.uri)
+    stands_once(seen)
+    assert seen.history("val/auc") == [(0, 0.5), (1, 0.6), (2, 0.9)]
+
+
+def test_a_damaged_ledger_is_named_and_can_be_removed(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "FIRST_DELAY_S", 0.01)
+    written.write_rounds({0: 0.5, 1: 0.6})
+    assert deliver(written).complete
+    once = Seen(written.uri).everything()
+    path = written.folder.tracking_path
+    path.write_bytes(path.read_bytes()[:40])
+    for done in (deliver(written), sync(written.folder)):
+        assert (done.delivered, done.pending) == (0, 2)
+        assert str(path) in str(done.error)
+    path.unlink()
+    assert sync(written.folder).complete
+    assert Seen(written.uri).everything() == once
+
+
+@pytest.mark.parametrize("content", ['{"info": {', '{"info": {}}', "[]", '{"info": {"primary": {"name": 1}}}'])
+def test_a_damaged_description_of_a_run_is_named(written: Any, content: str) -> None:
+    written.folder.run_path.write_text(content)
+    with pytest.raises(TrackingError, match=r"run\.json is damaged"):
+        sync(written.folder)
 
 
 def test_an_interrupted_run_says_so_until_it_is_resumed(written: Any) -> None:

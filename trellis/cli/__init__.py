@@ -50,12 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: object) -> int:
     try:
         return command()  # type: ignore[operator, no-any-return]
-    except (ConfigError, DataError, ResumeError) as error:
-        print(f"trellis: {error}", file=sys.stderr)
-        return 2
     except TrellisError as error:
-        print(f"trellis: {error}", file=sys.stderr)
-        return 1
+        from trellis.cli.show import clean
+
+        print(f"trellis: {clean(str(error))}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError | DataError | ResumeError) else 1
     except BrokenPipeError:
         return 1
     except KeyboardInterrupt:

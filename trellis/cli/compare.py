@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.table import Table
 
-from trellis.cli.show import console
+from trellis.cli.show import clean, console, plain
 from trellis.errors import ResumeError
 
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(rows))
         return 0
     if not rows:
-        print(f"no finished run under {folder}: start one with `trellis simulate`")
+        print(f"no finished run under {clean(str(folder))}: start one with `trellis simulate`")
         return 0
     console().print(_table(rows))
     return 0
@@ -48,7 +48,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("", style="bold", no_wrap=True)
     for row in rows:
-        table.add_column(row["run_name"], overflow="fold")
+        table.add_column(plain(row["run_name"]), overflow="fold")
     outcome: dict[str, Callable[[dict[str, Any]], str]] = {
         "sector": lambda r: str(r["sector"]),
         "data": lambda r: str(r["data_source"]),
@@ -60,11 +60,11 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         "model": lambda r: str(r["model_digest"])[:12],
     }
     for heading, show in outcome.items():
-        table.add_row(heading, *(show(row) for row in rows))
+        table.add_row(heading, *(plain(show(row)) for row in rows))
     keys = sorted({key for row in rows for key in row["config"]} - {"sector.name", "data", "rounds", "sector.rounds"})
     for key in keys:
         if len({json.dumps(row["config"].get(key)) for row in rows}) > 1:
-            table.add_row(key, *(str(row["config"].get(key, "-")) for row in rows))
+            table.add_row(plain(key), *(plain(str(row["config"].get(key, "-"))) for row in rows))
     return table
 
 

@@ -11,7 +11,7 @@ import json
 
 from rich.table import Table
 
-from trellis.cli.show import console
+from trellis.cli.show import console, plain
 
 SHOWN = 20
 
@@ -49,10 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
             consent += f"; {s.policy.max_examples} rows"
         speed = f"{s.link.uplink_mbit_s:g}/{s.link.downlink_mbit_s:g}"
         part = s.data_path or f"{s.part} of {len(specs)}"
-        table.add_row(
+        cells = (
             s.name, s.organisation, s.region, part, s.role.value, speed,
             f"{s.link.latency_ms:g}", f"{s.link.availability:g}", consent,
         )  # fmt: skip
+        table.add_row(*(plain(cell) for cell in cells))
     out = console()
     out.print(table)
     if len(specs) > SHOWN:

@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(rows))
         return 0
     table = Table(box=None, pad_edge=False)
-    for heading in ("sector", "task", "primary", "rounds", "data (under TRELLIS_DATA, or ../shared/data)"):
+    for heading in ("sector", "task", "primary", "rounds", "data (under $TRELLIS_DATA)"):
         table.add_column(heading)
     for row in rows:
         files = " or ".join(row["data_files"]) or "inside scikit-learn"

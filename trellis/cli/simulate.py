@@ -1,6 +1,6 @@
 """Train a federation on this machine.
 
-trellis simulate                                      the demo: real data, three nodes
+trellis simulate                                      without overrides, experiment=demo: real data, three nodes
 trellis simulate sector=banks nodes=consortium        choose config groups (folders of conf/)
 trellis simulate rounds=5 sector.training.lr=0.1      set values
 trellis simulate --multirun seed=0,1,2                one run a combination
@@ -12,24 +12,34 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trellis.cli.show import console
+from trellis.cli.show import console, plain
 from trellis.types import RoundRecord, ServerState
 
 if TYPE_CHECKING:
     from server.run import RunResult
 
 DEMO = ["experiment=demo"]
+RUNS_DIR = "runs"
+"""Where runs are unless told otherwise: what need not be repeated in a next command."""
 SHOWN_REFUSALS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="Hydra overrides: group=choice, key=value")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="OVERRIDE",
+        help="Hydra overrides: group=choice, key=value (default: experiment=demo)",
+    )
     parser.add_argument("--multirun", "-m", action="store_true", help="run every combination of a=1,2 b=x,y")
     parser.add_argument(
         "--json", action="store_true", help="print the result as one JSON object (a list with --multirun)"
@@ -45,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     results = []
     for index, overrides in enumerate(runs):
         if len(runs) > 1:
-            progress.print(f"[bold]run {index + 1} of {len(runs)}[/]: {' '.join(overrides)}")
+            progress.print(plain(f"run {index + 1} of {len(runs)}", "bold"), plain(" ".join(overrides)))
         results.append(_one(overrides, progress))
     if arguments.json:
         values = [dataclasses.asdict(result) for result in results]
@@ -54,11 +64,12 @@ def run(arguments: argparse.Namespace) -> int:
         _show(results)
     failed = [r.run_name for r in results if r.primary_metric["value"] is None]
     for name in failed:
-        progress.print(f"{name}: no node's rows could be scored; see its refusals", highlight=False)
+        progress.print(plain(f"{name}: no node's rows could be scored; see its refusals"))
     return 1 if failed else 0
 
 
 def _one(overrides: list[str], err: Console) -> RunResult:
+    import sectors
     from conf.load import load
     from experiments.simulate import prepare, simulate
 
@@ -66,12 +77,13 @@ def _one(overrides: list[str], err: Console) -> RunResult:
     config, _ = prepare(overrides)
     source = "SYNTHETIC rows" if config.data == "synthetic" else "real data"
     title = f"{config.sector.name}: {len(config.nodes.expand())} nodes, {source}, engine {config.engine.name}"
-    err.print(title, highlight=False)
+    primary = sectors.get(config.sector.name, config.sector.options).primary.name
+    err.print(plain(title))
     columns = (
         TextColumn("round"),
         MofNCompleteColumn(),
         BarColumn(bar_width=24),
-        TextColumn("{task.fields[metric]}"),
+        TextColumn("{task.fields[metric]}", markup=False),
         TextColumn("{task.fields[refusals]} refused"),
         TimeRemainingColumn(),
     )
@@ -82,17 +94,19 @@ def _one(overrides: list[str], err: Console) -> RunResult:
         def on_round(state: ServerState, record: RoundRecord) -> None:
             nonlocal refused
             refused += len(record.refusals)
-            best = f"best {state.best.value:.4f}" if state.best else ""
-            progress.update(task, completed=state.round, metric=_metric(record, best), refusals=refused)
+            metric = _metric(record, primary, state.best.value if state.best else None)
+            progress.update(task, completed=state.round, metric=metric, refusals=refused)
             if record.closed:
-                err.print(f"round {record.round} closed, the model stays: {record.closed}", highlight=False)
+                err.print(plain(f"round {record.round} closed, the model stays: {record.closed}"))
 
         return simulate(overrides, on_round=on_round)
 
 
-def _metric(record: RoundRecord, best: str) -> str:
-    loss = record.base_metrics.get("val/loss")
-    return f"{best}  loss {loss:.4f}" if loss is not None else best
+def _metric(record: RoundRecord, primary: str, best: float | None) -> str:
+    """What the round measured, and the best so far; the loss where the primary metric could not be had."""
+    name = next((name for name in (primary, "loss") if f"val/{name}" in record.base_metrics), None)
+    measured = f"val {name} {record.base_metrics[f'val/{name}']:.4f}" if name else ""
+    return f"{measured} (best {best:.4f})".strip() if best is not None else measured
 
 
 def _show(results: list[RunResult]) -> None:
@@ -111,12 +125,12 @@ def _table(results: list[RunResult]) -> Table:
         table.add_column(style="bold", no_wrap=True)
         table.add_column(overflow="fold")
         for heading, value in cells[0].items():
-            table.add_row(heading, value)
+            table.add_row(plain(heading), plain(value))
         return table
     for heading in cells[0]:
-        table.add_column(heading, overflow="fold")
+        table.add_column(plain(heading), overflow="fold")
     for row in cells:
-        table.add_row(*row.values())
+        table.add_row(*(plain(value) for value in row.values()))
     return table
 
 
@@ -140,7 +154,7 @@ def _cells(r: RunResult) -> dict[str, str]:
 
 def _advise(r: RunResult, out: Console) -> None:
     def line(text: str) -> None:
-        out.print(text, highlight=False, soft_wrap=True)
+        out.print(plain(text), soft_wrap=True)
 
     if r.baselines:
         name = r.primary_metric["name"]
@@ -157,13 +171,36 @@ def _advise(r: RunResult, out: Console) -> None:
     if r.model_version is not None:
         line(f"registry   models:/{r.model_name}/{r.model_version}  in {r.tracking_uri}")
     if r.records_pending:
-        line(f"{r.records_pending} records wait for the tracking server; send them with:  trellis sync {r.run_dir}")
+        line(f"{r.records_pending} records wait for the tracking server; send them with:")
+        line(f"       trellis sync {shlex.quote(r.run_dir)}")
     line(f"digest     {r.model_digest}")
     line("")
-    line("next:  trellis ui                                   the rounds, nodes and versions in MLflow")
-    line(f"       trellis compare {r.run_name}  RUN...")
-    line(f"       trellis simulate resume={r.run_name} rounds={r.rounds * 2}")
-    line("       trellis simulate sector=banks nodes=consortium")
+    line("next:")
+    for command in _next(r):
+        line(f"       {command}")
+
+
+def _next(r: RunResult) -> list[str]:
+    """Commands that can be copied: they find this run wherever its folder is."""
+    folder = Path(r.run_dir)
+    usual = folder.parent.resolve() == Path(RUNS_DIR).resolve()
+    where = "" if usual else f" --runs-dir {shlex.quote(str(folder.parent))}"
+    resume = shlex.quote(f"resume={folder.name if usual else _hydra_value(str(folder))}")
+    return [
+        # the UI reads the database beside the run folders; there is none without tracking, or on another server
+        *([f"trellis ui{where}"] if (folder.parent / "mlflow.db").exists() else []),
+        f"trellis compare{where}",
+        f"trellis simulate {resume} rounds={r.rounds * 2}",
+        "trellis simulate sector=banks nodes=consortium",
+    ]
+
+
+def _hydra_value(text: str) -> str:
+    """`text` as the value of an override, in quotes where Hydra's grammar needs them."""
+    if re.fullmatch(r"[A-Za-z0-9_./-]+", text):
+        return text
+    escaped = text.replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _grouped(refusals: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from trellis.cli.show import clean
 from trellis.errors import ResumeError
 
 
@@ -26,7 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise ResumeError(f"{path} is not a run folder")
         delivery = sync(RunFolder(path), uri=arguments.uri)
         complete = complete and delivery.complete
-        print(f"{path.name}: {delivery.delivered} records delivered, {delivery.pending} pending, {delivery.uri}")
+        told = f"{path.name}: {delivery.delivered} records delivered, {delivery.pending} pending, {delivery.uri}"
+        print(clean(told))
         if delivery.error:
-            print(f"trellis: {path.name}: {delivery.error}", file=sys.stderr)
+            print(clean(f"trellis: {path.name}: {delivery.error}"), file=sys.stderr)
     return 0 if complete else 1
