@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from conf.load import load
 from server.run import RunResult
 from trellis.cli import COMMANDS, main
 from trellis.cli import simulate as simulate_command
@@ -108,6 +109,13 @@ def test_the_next_steps_are_short_where_runs_are_in_their_usual_place(
     assert (compare, resume) == (["compare"], ["simulate", "resume=first", "rounds=2"])
     assert main(compare) == 0
     assert main([*resume, "--json"]) == 0
+
+
+@pytest.mark.parametrize("name", ["1e5", "007", "null", "NaN", "a-1"])
+def test_the_run_to_continue_is_named_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (resume,) = (step for step in simulate_command._next(made(tmp_path / "runs" / name, [])) if "resume" in step)
+    assert load([shlex.split(resume)[2]]).resume == name
 
 
 def test_the_ui_is_a_next_step_where_its_database_is(tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ def test_a_template_writes_the_index_where_it_says_so(text: str, seventh: str) -
 
 @pytest.mark.parametrize(
     "text",
-    ["{index:999999999d}", "{index:d}", "{index:010d}", "{index.__class__}", "{index!r}", "{index:x}", "{index:>9}", "{0}",
-     "{}", "{name}", "{{index}}", "{", "}", "{index", "{index:{index}d}"],
+    ["{index:999999999d}", "{index:d}", "{index:010d}", "{index.__class__}", "{index!r}", "{index:x}", "{index:>9}",
+     "{0}", "{}", "{name}", "{{index}}", "{", "}", "{index", "{index:{index}d}"],
 )  # fmt: skip
 def test_nothing_else_in_braces_means_anything(text: str) -> None:
     for field in ("name", "organisation", "region"):

@@ -185,7 +185,7 @@ def _next(r: RunResult) -> list[str]:
     folder = Path(r.run_dir)
     usual = folder.parent.resolve() == Path(RUNS_DIR).resolve()
     where = "" if usual else f" --runs-dir {shlex.quote(str(folder.parent))}"
-    resume = shlex.quote(f"resume={folder.name if usual else _hydra_value(str(folder))}")
+    resume = shlex.quote(f"resume={_hydra_value(folder.name if usual else str(folder))}")
     return [
         # the UI reads the database beside the run folders; there is none without tracking, or on another server
         *([f"trellis ui{where}"] if (folder.parent / "mlflow.db").exists() else []),
@@ -196,8 +196,8 @@ def _next(r: RunResult) -> list[str]:
 
 
 def _hydra_value(text: str) -> str:
-    """`text` as the value of an override, in quotes where Hydra's grammar needs them."""
-    if re.fullmatch(r"[A-Za-z0-9_./-]+", text):
+    """`text` as the value of an override, in quotes where Hydra would read something else (`1e5`, `null`)."""
+    if re.fullmatch(r"[A-Za-z/][A-Za-z0-9_./-]*", text) and text.lower() not in ("null", "true", "false", "nan", "inf"):
         return text
     escaped = text.replace("'", "\\'")
     return f"'{escaped}'"
