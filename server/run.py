@@ -144,8 +144,8 @@ def resumed(resume: str, overrides: Sequence[str], runs_dir: str) -> tuple[RunCo
             f"{' '.join(more) or 'what is shipped now'} would make it another run. Only rounds, engine, tracking and "
             "baselines may change: start a new run instead"
         )
-    place = {"resume": str(folder.path), "run_name": folder.path.name, "runs_dir": str(folder.path.parent)}
-    return replace(config, **place), merged
+    path = folder.path
+    return replace(config, resume=str(path), run_name=path.name, runs_dir=str(path.parent)), merged
 
 
 def _find(resume: str, runs_dir: str) -> RunFolder:

@@ -17,7 +17,8 @@ from server import store
 from server.folder import RunFolder
 from server.ledger import Kept, Ledger
 from server.run_info import MAX_TAG, RunInfo
-from server.versions import Card, VersionError, read_card
+from server.versions import Card, read_card
+from trellis.errors import VersionError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -168,10 +168,13 @@ class _Matrix:
         self._kept: list[npt.NDArray[np.float32]] = []
 
     def take(self, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+        if shape[0] == 0:  # an evaluation has no rows, and takes nothing from the next round
+            return np.empty(shape, np.float32)
         # 2: the list and the argument of getrefcount; every view of the matrix, a row, would be one more
         if self._kept and self._kept[0].shape == shape and sys.getrefcount(self._kept[0]) == 2:
             return self._kept[0]
-        self._kept = [np.empty(shape, np.float32)]
+        self._kept.clear()  # before the new one is there: never two matrices at once
+        self._kept.append(np.empty(shape, np.float32))
         return self._kept[0]
 
 
