@@ -16,6 +16,7 @@ $(STAMP): pyproject.toml
 	@test -d .venv || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (a few minutes the first time)"
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --no-deps byzfl==0.0.11  # its rules, to compare with; not what its benchmark needs
 	@$(BIN)/python -m compileall -q -j 0 $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/mlflow || true
 	@touch $(STAMP)
 
@@ -31,8 +32,8 @@ check: $(STAMP)  ## Formatting, lint, types, import layers
 	@$(BIN)/mypy trellis strategies conf
 	@$(BIN)/lint-imports
 
-bench: $(STAMP)  ## Engine and tracking benchmarks, against Flower's own simulation in the same run
-	@status=0; for table in engines tracking; do \
+bench: $(STAMP)  ## Engines, rules and tracking, against Flower and ByzFL in the same run
+	@status=0; for table in engines rules tracking; do \
 	  $(RUN) $(BIN)/python -m experiments.benchmarks.$$table || status=1; done; exit $$status
 
 ui: $(STAMP)  ## The MLflow UI on the recorded runs

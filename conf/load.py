@@ -43,6 +43,9 @@ def load(overrides: Sequence[str] = ()) -> RunConfig:
         with _hydra():
             composed = compose(config_name="config", overrides=list(overrides))
         OmegaConf.resolve(composed)
+        # a list, not a dict by name: their order is part of what the run is
+        OmegaConf.set_struct(composed, False)
+        composed["preaggregator"] = list((composed.get("preaggregator") or {}).values())
         typed = OmegaConf.merge(OmegaConf.structured(RunConfig), composed)
         return cast(RunConfig, OmegaConf.to_object(typed))
     except (HydraException, OmegaConfBaseException) as error:

@@ -238,6 +238,19 @@ class RuleConfig:
     name: str = "mean"
     weighted: bool = False
     """Weigh rows by the example counts the server holds in its registry; never by a count a node declares."""
+    worker_momentum: float = 0.0
+    """Nodes reply m = beta m + (1 - beta) update instead of the update; 0: the update itself."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _within("rule.worker_momentum", self.worker_momentum, least=0, below=1)
+
+
+@dataclass
+class PreAggregatorConfig:
+    """What rows pass before the rule: a name from the catalogue `strategies.preaggregators`."""
+
+    name: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -248,7 +261,51 @@ class PrivacyConfig:
 
 @dataclass
 class AttackConfig:
+    """Lies that the engine of a simulation tells in the name of some training nodes."""
+
     name: str = "none"
+    num_attackers: int | None = None
+    """How many nodes lie; None: as many as `num_byzantine`."""
+    nodes: list[str] = field(default_factory=list)
+    """Names of the nodes that lie; empty: drawn from the run's seed."""
+    start_round: int = 1
+    """They are honest before this round (a sleeper)."""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.num_attackers is not None:
+            _within("attack.num_attackers", self.num_attackers, least=1)
+        _within("attack.start_round", self.start_round, least=1)
+        given = self.num_attackers
+        _require(
+            not self.nodes or given is None or given == len(set(self.nodes)),
+            f"attack.num_attackers={given}, but attack.nodes names {len(set(self.nodes))}: give one of the two",
+        )
+
+
+@dataclass
+class SuspicionConfig:
+    """Evidence against nodes over the rounds (`strategies.observers.suspicion`)."""
+
+    name: str = "none"
+    alpha: float = 0.01
+    """Probability that any honest node is quarantined within `horizon` rounds, as long as each is flagged in at most a
+    share `honest_flag_rate` of them."""
+    horizon: int = 100
+    """Rounds that `alpha` is for."""
+    honest_flag_rate: float = 0.05
+    liar_flag_rate: float = 0.9
+    outlier_factor: float = 20.0
+    """A row is flagged when its median distance to the others is this many times that of the median row."""
+    released: list[str] = field(default_factory=list)
+    """Nodes that an operator lets in again: their evidence is forgotten and they are never quarantined."""
+
+    def __post_init__(self) -> None:
+        _within("suspicion.alpha", self.alpha, above=0, below=1)
+        _within("suspicion.horizon", self.horizon, least=1)
+        _within("suspicion.honest_flag_rate", self.honest_flag_rate, above=0, below=1)
+        _within("suspicion.liar_flag_rate", self.liar_flag_rate, above=self.honest_flag_rate, below=1)
+        _within("suspicion.outlier_factor", self.outlier_factor, above=1)
 
 
 @dataclass
@@ -328,9 +385,12 @@ class ChecksConfig:
     """Limits that a reply must keep."""
 
     max_update_norm: float = 1000.0
+    max_matrix_mb: float = 8192.0
+    """A round's updates beyond this lie in a file that is mapped into memory, not in memory."""
 
     def __post_init__(self) -> None:
         _within("checks.max_update_norm", self.max_update_norm, above=0)
+        _within("checks.max_matrix_mb", self.max_matrix_mb, least=0)
 
 
 @dataclass
@@ -340,8 +400,11 @@ class RunConfig:
     sector: SectorConfig = field(default_factory=SectorConfig)
     nodes: NodesConfig = field(default_factory=NodesConfig)
     rule: RuleConfig = field(default_factory=RuleConfig)
+    preaggregator: list[PreAggregatorConfig] = field(default_factory=list)
+    """What stands before the rule, in this order."""
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
+    suspicion: SuspicionConfig = field(default_factory=SuspicionConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     server_optimizer: ServerOptimizerConfig = field(default_factory=ServerOptimizerConfig)
@@ -387,13 +450,16 @@ class NodeTask:
     """Parts the sector's data are divided into, in simulation."""
     holds_out: bool = False
     """Validation and test rows are those of whole held-out nodes; the others hold training rows only."""
+    worker_momentum: float = 0.0
+    """beta of the momentum that nodes reply instead of their updates."""
 
     @classmethod
     def of(cls, config: RunConfig) -> NodeTask:
         specs = config.nodes.expand()
         return cls(
             sector=config.sector.name,
-            options=config.sector.options,
+            # where the server's own rows lie is no node's business
+            options={k: v for k, v in config.sector.options.items() if k != "server_path"},
             training=config.sector.training,
             data=config.data,
             privacy=config.privacy.name,
@@ -401,6 +467,7 @@ class NodeTask:
             device=config.device,
             num_parts=len(specs),
             holds_out=any(s.role is not Role.train for s in specs),
+            worker_momentum=config.rule.worker_momentum,
         )
 
 
@@ -463,4 +530,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def config_digest(config: RunConfig) -> str:
     """sha256 of what the run computes: where it runs, how long and where it is recorded do not change it."""
-    return canonical.digest({k: v for k, v in to_json(config).items() if k not in _PLACE})
+    computed = {k: v for k, v in to_json(config).items() if k not in _PLACE}
+    # neither an operator's word on a node nor where a matrix lies makes it another run
+    for group, key in (("suspicion", "released"), ("checks", "max_matrix_mb")):
+        computed[group] = {k: v for k, v in computed[group].items() if k != key}
+    return canonical.digest(computed)

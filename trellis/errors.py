@@ -6,6 +6,7 @@
     │   └── MissingData     a data file is not where it was looked for
     ├── WireError           a message does not follow the protocol
     ├── CohortTooSmall      too few rows for the rule: the round closes, the model stays
+    ├── NotFinite           rows cannot be combined in float32: the round closes, the model stays
     ├── PolicyRefusal       this node does not consent to a request
     ├── ResumeError         a run folder cannot be continued
     ├── VersionError        a stored model version is damaged, or is not what its card says
@@ -44,6 +45,10 @@ class WireError(TrellisError):
 
 class CohortTooSmall(TrellisError):
     """Fewer rows arrived than the rule, or the quorum, needs."""
+
+
+class NotFinite(TrellisError):
+    """Rows hold NaN, infinities, or numbers whose combination leaves float32."""
 
 
 class PolicyRefusal(TrellisError):

@@ -208,6 +208,8 @@ class Aggregated:
 
 
 Need = Literal["rng", "names", "weights", "state", "reference_d"]
+"""rng: a generator of the run and round; names: members of each row; weights: what the registry holds, or None; state:
+what the rule returned last; reference_d: the server's own update, trained from the same base on its own rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +229,22 @@ class RuleSpec:
     """False: one liar moves the aggregate anywhere, so `num_byzantine` must be 0."""
     kappa: Callable[[int, int], float] | None = None
     sensitivity: Callable[[int], float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreAggregatorSpec:
+    """What stands between the rows and the rule: `fn(updates_nd, *, num_byzantine, **needs)`, (n, d) -> (m, d).
+
+    Every pre-aggregator combines rows linearly.  `num_rows(n)` is m; `kappa(kappa_of_rule, n, f)` the robustness
+    constant of a rule that stands behind it (None: not known).
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    needs: tuple[Need, ...] = ()
+    num_rows: Callable[..., int] = lambda n: n
+    """(n, **options) -> m."""
+    kappa: Callable[[float, int, int], float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +280,16 @@ class RoundView:
     rows: tuple[Row, ...]
     aggregated: Aggregated | None
     refusals: tuple[Refusal, ...]
+    """Of everyone who was asked in the round, judges too."""
     base: Mapping[str, npt.NDArray[np.generic]]
+    answered: tuple[str, ...] = ()
+    """Nodes whose replies were good: those behind the rows, and judges."""
+    updates_nd: Any = None
+    """The rows as one matrix, for `strategies.rows`; it is the round's own, to be read and not kept."""
+    fits: Callable[[int], bool] = lambda num_nodes: True
+    """Whether a round like this one could still be aggregated with so many of its nodes asked no more."""
+    evidence: Mapping[str, float] = field(default_factory=dict)
+    """Log-likelihood ratios against nodes that a test of the round itself found: an audit of groups, say."""
 
 
 Observer = Callable[[Any, RoundView], tuple[Any, Mapping[str, float]]]
@@ -293,6 +320,10 @@ class RoundRecord:
     aggregate_norm: float = 0.0
     epsilon: Mapping[str, float] = field(default_factory=dict)
     findings: Mapping[str, float] = field(default_factory=dict)
+    suspicion: Mapping[str, float] = field(default_factory=dict)
+    """Evidence against each node so far, as a log-likelihood ratio; empty without a detector."""
+    quarantined: Mapping[str, str] = field(default_factory=dict)
+    """Nodes that are asked no more from the next round on, each with the evidence."""
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
