@@ -6,11 +6,14 @@ not wait for torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import ClientAppCallable
+from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from clients import identity
+from clients.momentum import momentum_mod
 from clients.policy import policy_mod
 from clients.store import store_of
 from trellis import wire
@@ -33,25 +36,34 @@ def replay_mod(message: Message, context: Context, call_next: ClientAppCallable)
     return reply
 
 
-app = ClientApp(mods=[policy_mod])
-
-
-@app.query()
 def query(message: Message, context: Context) -> Message:
     from clients import node
 
     return Message(node.enrol(message, context), reply_to=message)
 
 
-@app.train(mods=[replay_mod])
 def train(message: Message, context: Context) -> Message:
     from clients import node
 
     return Message(node.train(message, context), reply_to=message)
 
 
-@app.evaluate(mods=[replay_mod])
 def evaluate(message: Message, context: Context) -> Message:
     from clients import node
 
     return Message(node.evaluate(message, context), reply_to=message)
+
+
+def client_app(*innermost: Mod, replying: Sequence[Mod] = ()) -> ClientApp:
+    """Our ClientApp.  An engine that simulates adds Mods of its own to training, as it adds attackers.
+
+    `innermost` Mods change what training gives; `replying` ones see and change what the node would reply, its momentum.
+    """
+    app = ClientApp(mods=[policy_mod])
+    app.query()(query)
+    app.train(mods=[replay_mod, *replying, momentum_mod, *innermost])(train)
+    app.evaluate(mods=[replay_mod])(evaluate)
+    return app
+
+
+app = client_app()

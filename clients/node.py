@@ -9,11 +9,12 @@ from functools import lru_cache
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import sectors
-from clients import identity, training
+from clients import identity
 from clients.identity import Identity
 from clients.policy import consent, consent_to_rows, task_of
 from clients.store import NodeStore, store_of
 from conf.schema import NodeTask, from_json, to_json
+from sectors import training
 from sectors.base import SPLITS, NodeData, Place, Sector, num_rows, place_of
 from sectors.params import initial_arrays
 from trellis import canonical, wire
@@ -29,12 +30,12 @@ def train(message: Message, context: Context) -> RecordDict:
     """Evaluate the params received, train on them, reply the delta (or params, where no request asks for a delta)."""
     node, task = identity.of(context), task_of(message)
     request = wire.read_request(message)
-    sector, data = _sector(task), _data(node, task)
+    sector, data = sector_of(task), data_of(node, task)
     used = min(num_rows(data.train), task.training.max_examples or num_rows(data.train))
     consent_to_rows(node.spec, used)
     shared, base_digest = _received(message, request, "train")
     store = store_of(node)
-    base = _with_local(sector, task, shared, store, base_digest)
+    base = with_local(sector, task, shared, store, base_digest)
     round_ = request.round if request else _round(message)
     seed = canonical.seed_for(task.seed, "train", round_, node.spec.name)
     trained = training.train(sector, task.training, base, data.train, seed=seed, device=task.device)
@@ -55,9 +56,9 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     """Counts of the params received, on the splits the request names."""
     node, task = identity.of(context), task_of(message)
     request = wire.read_request(message)
-    sector, data = _sector(task), _data(node, task)
+    sector, data = sector_of(task), data_of(node, task)
     shared, base_digest = _received(message, request, "evaluate")
-    base = _with_local(sector, task, shared, store_of(node), base_digest)
+    base = with_local(sector, task, shared, store_of(node), base_digest)
     splits = request.splits if request else ("validation",)
     counts = {s: training.evaluate(sector, base, data.split(s), device=task.device) for s in splits}
     rows = sum(int(c["rows"]) for c in counts.values())
@@ -80,7 +81,7 @@ def enrol(message: Message, context: Context) -> RecordDict:
     task = from_json(NodeTask, json.loads(str(asked[wire.NODE_CONFIG])))
     with suppress(PolicyRefusal):
         consent(node.spec, task)
-        data = _data(node, task)
+        data = data_of(node, task)
         reply[wire.NUM_EXAMPLES] = num_rows(data.train)
         reply[wire.NUM_ROWS] = sum(num_rows(data.split(name)) for name in SPLITS)
     return RecordDict({wire.REPLY: ConfigRecord({**reply})})
@@ -115,7 +116,7 @@ def _reply_arrays(request: Request | None, shared: Arrays, trained: Arrays) -> A
     return layout.unflatten(layout.subtract(trained, shared))
 
 
-def _with_local(sector: Sector, task: NodeTask, shared: Arrays, store: NodeStore | None, base: str) -> Arrays:
+def with_local(sector: Sector, task: NodeTask, shared: Arrays, store: NodeStore | None, base: str) -> Arrays:
     """The shared params and this node's local layers, in the model's order."""
     initial = _initial(sector, task.seed)
     if all(name in shared for name in initial):
@@ -129,7 +130,8 @@ def _initial(sector: Sector, seed: int) -> Arrays:
     return initial_arrays(sector, seed)
 
 
-def _sector(task: NodeTask) -> Sector:
+def sector_of(task: NodeTask) -> Sector:
+    """The task's sector, built once a process."""
     return _built(task.sector, canonical.encode(task.options).decode())
 
 
@@ -138,8 +140,9 @@ def _built(name: str, options: str) -> Sector:
     return sectors.get(name, json.loads(options))
 
 
-def _data(node: Identity, task: NodeTask) -> NodeData:
-    return _loaded(_sector(task), place_of(node.spec, task))
+def data_of(node: Identity, task: NodeTask) -> NodeData:
+    """This node's rows for a task, loaded once a process: they are read only."""
+    return _loaded(sector_of(task), place_of(node.spec, task))
 
 
 @lru_cache(maxsize=4096)

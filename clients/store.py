@@ -2,6 +2,7 @@
 
     reply.bin            the last reply and the digest of the request it answers
     local/000003.bin     what stays at the node (local layers), committed for a base
+    momentum/000003.bin  the node's momentum, likewise
 
 Versions are keyed by base: a request reads what was committed *before* its base, so a round asked twice starts from the
 same state, and a round whose update the server discarded is forgotten when its base comes again.  Files are written
@@ -50,29 +51,44 @@ class NodeStore:
 
     # ------------------------------------------------------------ local state
 
-    def local(self, base: str) -> dict[str, npt.NDArray[np.generic]] | None:
-        """What this node had when `base` was first sent to it; None before anything was committed."""
-        known = self._versions()
-        again = next((i for i, (_, committed_for) in enumerate(known) if committed_for == base), len(known))
-        return _read(known[again - 1][0])[1] if again else None
+    def local(
+        self, base: str, *, slot: str = "local", run: str | None = None
+    ) -> dict[str, npt.NDArray[np.generic]] | None:
+        """What this node had when `base` was first sent to it; None before anything was committed.
 
-    def commit(self, base: str, arrays: Arrays) -> None:
+        A slot is a folder of versions.  What was committed in another run does not count; without a run, what was
+        committed in none is found.
+        """
+        known = self._versions(slot, run)
+        again = next((i for i, (_, committed_for) in enumerate(known) if committed_for == base), len(known))
+        return _read_arrays(known[again - 1][0]) if again else None
+
+    def commit(self, base: str, arrays: Arrays, *, slot: str = "local", run: str | None = None) -> None:
         """What this node has after training on `base`.
 
-        Versions committed for the same base, or after it, are replaced.
+        Versions committed for the same base, after it, or in another run, are replaced.
         """
-        known = self._versions()
+        known = self._versions(slot, run)
         again = next((i for i, (_, committed_for) in enumerate(known) if committed_for == base), len(known))
-        sequence = int(known[again][0].stem) if again < len(known) else self._next(known)
-        self._write(self.path / "local" / f"{sequence:06d}.bin", _packed(base, arrays))
-        for path, _ in (*known[again + 1 :], *known[: max(0, again + 1 - KEEP)]):
-            path.unlink(missing_ok=True)
+        sequence = int(known[again][0].stem) if again < len(known) else self._next(slot)
+        written = self.path / slot / f"{sequence:06d}.bin"
+        self._write(written, _packed(base, run, arrays))
+        kept = {written, *(path for path, _ in known[max(0, again + 1 - KEEP) : again])}
+        for path in self._files(slot):
+            if path not in kept:
+                path.unlink(missing_ok=True)
 
-    def _versions(self) -> list[tuple[Path, str]]:
-        return [(path, _read(path)[0]) for path in sorted((self.path / "local").glob("[0-9]*.bin"))]
+    def _versions(self, slot: str, run: str | None) -> list[tuple[Path, str]]:
+        """Files of a run and the base of each, oldest first."""
+        heads = [(path, _read_head(path)) for path in self._files(slot)]
+        return [(path, head["base"]) for path, head in heads if head.get("run") == run]
 
-    def _next(self, known: list[tuple[Path, str]]) -> int:
-        return int(known[-1][0].stem) + 1 if known else 1
+    def _files(self, slot: str) -> list[Path]:
+        return sorted((self.path / slot).glob("[0-9]*.bin"))
+
+    def _next(self, slot: str) -> int:
+        files = self._files(slot)
+        return int(files[-1].stem) + 1 if files else 1
 
     def _write(self, path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,13 +106,19 @@ def store_of(node: Identity) -> NodeStore | None:
     return NodeStore(node.store, durable=not node.simulated) if node.store is not None else None
 
 
-def _packed(base: str, arrays: Arrays) -> bytes:
-    header = json.dumps({"base": base}).encode()
+def _packed(base: str, run: str | None, arrays: Arrays) -> bytes:
+    header = json.dumps({"base": base} | ({"run": run} if run is not None else {})).encode()
     return struct.pack("<I", len(header)) + header + wire.pack(RecordDict({wire.ARRAYS: wire.to_record(arrays)}))
 
 
-def _read(path: Path) -> tuple[str, dict[str, npt.NDArray[np.generic]]]:
+def _read_head(path: Path) -> dict[str, str]:
+    with open(path, "rb") as file:
+        (size,) = struct.unpack("<I", file.read(4))
+        head: dict[str, str] = json.loads(file.read(size))
+    return head
+
+
+def _read_arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
     data = path.read_bytes()
     (size,) = struct.unpack("<I", data[:4])
-    header = json.loads(data[4 : 4 + size])
-    return header["base"], wire.from_record(wire.unpack(data[4 + size :]).array_records[wire.ARRAYS])
+    return wire.from_record(wire.unpack(data[4 + size :]).array_records[wire.ARRAYS])

@@ -9,8 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from clients import training
 from conf.schema import NodeSpec, NodeTask, RunConfig
+from sectors import training
 from sectors.base import NodeData, Rows, Sector, concatenate, place_of
 from sectors.params import initial_arrays
 from server import build

@@ -34,6 +34,8 @@ Batch = dict[str, Tensor]
 
 SPLITS = ("train", "validation", "test")
 
+SERVER_FRACTION_MAX = 0.5
+
 LOSS_MAX = 100.0
 """Where a row's loss is cut in evaluation: no row, and no liar, outweighs all others in the mean."""
 
@@ -115,8 +117,8 @@ class Sector(ABC):
     """Every metric `metrics` returns besides `loss`, the primary one included."""
     data_files: ClassVar[tuple[str, ...]] = ()
     """Files under the data folder; empty when the data come with a package."""
-    server_data: ClassVar[str] = "none"
-    """Where the server's own rows come from: none, a path, or a fraction held out before the partition."""
+    num_classes: ClassVar[int | None] = None
+    """Classes 0 .. num_classes - 1 that `y` names; None where rows have none."""
 
     validation_fraction: float = 0.2
     test_fraction: float = 0.2
@@ -125,6 +127,10 @@ class Sector(ABC):
     """Partition, split and generated rows follow this seed, never the run's: runs are compared on the same rows."""
     synthetic_rows: int = 1000
     """How many rows `generate` makes."""
+    server_fraction: float = 0.0
+    """Share of the pooled rows that the server holds itself: held out before the partition, no node has them."""
+    server_path: str | None = None
+    """A file of the server's own, in the sector's format."""
 
     def __post_init__(self) -> None:
         shares = (self.validation_fraction, self.test_fraction)
@@ -132,6 +138,16 @@ class Sector(ABC):
             raise ConfigError(
                 f"sector {self.name}: validation_fraction and test_fraction are {shares}; "
                 "they must be at least 0 and leave rows to train on"
+            )
+        if not 0 <= self.server_fraction <= SERVER_FRACTION_MAX:
+            raise ConfigError(
+                f"sector {self.name}: server_fraction is {self.server_fraction}; it must be between 0 and "
+                f"{SERVER_FRACTION_MAX}: the rows are the nodes'"
+            )
+        if self.server_fraction and self.server_path is not None:
+            raise ConfigError(
+                f"sector {self.name}: server_fraction={self.server_fraction} and server_path={self.server_path} both "
+                "name rows for the server: set one of the two"
             )
 
     def load(self, place: Place) -> NodeData:
@@ -157,6 +173,31 @@ class Sector(ABC):
             *(take(rows, i) for i in partition.stratified_split(self.labels(rows), fractions, seed, groups))
         )
 
+    @property
+    def server_data(self) -> str:
+        """Where the server's own rows come from: none, fraction or path."""
+        if self.server_path is not None:
+            return "path"
+        return "fraction" if self.server_fraction else "none"
+
+    def server_rows(self, synthetic: bool) -> Rows:
+        """The server's own rows, for a rule that trusts them.  Raises ConfigError where it has none; DataError.
+
+        A share of the pooled rows follows `split_seed`, like the partition: with another seed they are others.
+        """
+        if self.server_data == "none":
+            raise ConfigError(
+                f"sector {self.name} gives the server no rows of its own: set sector.options.server_fraction=0.02, "
+                "or sector.options.server_path to a file in the sector's format"
+            )
+        path = Path(self.server_path) if self.server_path is not None else None
+        source = _source(self, Place(0, 1, path=path, synthetic=synthetic))
+        rows = _pool(self, source).rows
+        rows = rows if path is not None else take(rows, _held_out(self, source))
+        if not num_rows(rows):
+            raise DataError(f"sector {self.name}: server_fraction={self.server_fraction} of the rows is not one row")
+        return rows
+
     def rng(self, *purpose: int | str) -> np.random.Generator:
         """A generator that depends on `split_seed`, the sector and the purpose only."""
         return np.random.default_rng(canonical.seed_for(self.split_seed, self.name, *purpose))
@@ -169,9 +210,15 @@ class Sector(ABC):
         """sha256 of what the shared rows come from, equal wherever the data folder is; "" when the files are not here.
 
         Of files: their names and bytes.  Of generated or packaged rows: what they follow from.  A server needs no
-        files, and those that single nodes own (`data_path`) do not count.  A run is continued on the data it was
-        started with.
+        files but one of its own (`server_path`), and those that single nodes own (`data_path`) do not count.  A run is
+        continued on the data it was started with.
         """
+        shared = self._shared_fingerprint(synthetic)
+        if self.server_path is None:
+            return shared
+        return canonical.digest([shared, files.digest(Path(self.server_path))])
+
+    def _shared_fingerprint(self, synthetic: bool) -> str:
         if synthetic:
             return canonical.digest(f"synthetic:{self.name}:{self.split_seed}:{self.synthetic_rows}")
         try:
@@ -283,12 +330,24 @@ def _divide(sector: Sector, source: _Source, num_parts: int | None) -> _Divided:
     """`num_parts` parts; with None all rows are one part and `owners` is not asked."""
     pooled = _pool(sector, source)
     groups = sector.groups(pooled)
+    index = np.arange(num_rows(pooled.rows))
     if num_parts is None:
-        return _Divided((np.arange(num_rows(pooled.rows)),), groups)
+        return _Divided((index,), groups)
+    if sector.server_fraction:
+        index = np.delete(index, _held_out(sector, source))
+        pooled = Pooled(take(pooled.rows, index), take(pooled.keys, index))
     owners = sector.owners(pooled, num_parts)
     if groups is not None:
-        owners = partition.together(owners, groups)
-    return _Divided(partition.parts_of(owners, num_parts), groups)
+        owners = partition.together(owners, groups[index])
+    return _Divided(tuple(index[part] for part in partition.parts_of(owners, num_parts)), groups)
+
+
+def _held_out(sector: Sector, source: _Source) -> npt.NDArray[np.int64]:
+    """Pooled rows that are the server's: of every class its share, whole groups."""
+    pooled = _pool(sector, source)
+    shares = (sector.server_fraction, 0.0)
+    drawn = partition.stratified_split(sector.labels(pooled.rows), shares, sector.rng("server"), sector.groups(pooled))
+    return drawn[1]
 
 
 def _whole(rows: Rows, role: Role) -> NodeData:

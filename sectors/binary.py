@@ -38,6 +38,7 @@ def mlp(num_features: int, hidden: tuple[int, ...]) -> nn.Sequential:
 class Binary(Sector):
     """A sector whose outputs are (B,) logits of the positive class and whose rows have `y`, 0 or 1."""
 
+    num_classes: ClassVar[int | None] = 2
     num_strata: ClassVar[int] = 1
     """Strata of the negatives that `counts` keeps apart; above 1, rows have `stratum`."""
 

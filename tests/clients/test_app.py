@@ -15,12 +15,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, M
 from flwr.clientapp import ClientApp
 
 import sectors
-from clients import identity, node, training
+from clients import identity, node
 from clients.app import app
 from clients.policy import policy_mod
 from clients.store import NodeStore
 from conf.schema import DataSource, NodesConfig, NodeSpec, NodeTask, PolicyConfig, RunConfig, SectorConfig, to_json
 from experiments.engines.local import LocalGrid
+from sectors import training
 from sectors.healthcare_wisconsin import HealthcareWisconsin
 from sectors.params import initial_arrays
 from server import build, registry
@@ -396,7 +397,7 @@ def test_training_starts_from_the_nodes_own_head(local_run: Run) -> None:
     loss = local_run.send(replace(local_run.request(state), purpose="evaluate"), state.params)
     own = {**state.params, **kept}
     task = NodeTask.of(local_run.config)
-    data = node._data(identity.Identity(NodeSpec(name="ash", part=0), None, True), task)
+    data = node.data_of(identity.Identity(NodeSpec(name="ash", part=0), None, True), task)
     model = {k: own[k] for k in initial_arrays(local_run.sector, 0)}
     expected = training.evaluate(local_run.sector, model, data.validation)
     found = wire.from_record(loss.content.array_records["counts"])["validation/loss_sum"]

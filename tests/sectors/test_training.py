@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import sectors
-from clients import training
 from conf.schema import OptimizerName, TrainingConfig
+from sectors import training
 from sectors.base import Place, Rows, num_rows, take
 from sectors.params import initial_arrays
 from trellis.vectors import Layout, digest

@@ -1,4 +1,4 @@
-"""Training and evaluation at a node: functions of (params, data, config, seed).
+"""Training and evaluation, at a node and at a server with rows of its own: functions of (params, data, config, seed).
 
 The library owns the loop: shuffling, optimizer, device.  Everything is seeded from (seed, round, node name), runs on
 one torch thread and on deterministic kernels, so the same request gives the same bytes in every engine.
