@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from conf.load import load
 from server.run import resumed, run
+from trellis.errors import ConfigError
 
 app = ServerApp()
 
@@ -26,6 +27,8 @@ def main(grid: Grid, context: Context) -> None:
     config = load(overrides)
     if config.resume is not None:
         config, overrides = resumed(config.resume, overrides, config.runs_dir)
+    if config.attack.name != "none":
+        raise ConfigError(f"attack={config.attack.name}: attacks exist in simulation only, use `trellis simulate`")
     result = run(config, grid, overrides=overrides)
     value = result.primary_metric["value"]
     print(

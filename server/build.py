@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 import sectors
-from conf.schema import NodeTask, RunConfig, to_json
+from conf.load import choices
+from conf.schema import DataSource, NodeTask, RunConfig, to_json
 from sectors.base import Sector
-from strategies import rules, samplers, server_optimizers
+from server.reference import reference
+from strategies import preaggregators, rules, samplers, server_optimizers
+from strategies.aggregation import Pipeline
 from strategies.exchange import Clock, PlainExchange
 from strategies.flower import Commit, RoundStrategy
+from strategies.observers.suspicion import Suspicion
 from strategies.records import Scoring
-from trellis.errors import ConfigError
+from trellis.errors import CohortTooSmall, ConfigError
 from trellis.types import Counts, Role, RuleSpec
 
 
 def check(config: RunConfig) -> Sector:
-    """Every promise between fields, before anything starts.  -> the sector.  Raises ConfigError with the numbers."""
+    """Every promise between fields, before anything starts.  -> the sector.
+
+    Raises ConfigError with the numbers; DataError where the server's own rows cannot be read.
+    """
     sector = build_sector(config)
     rule = rules.get(config.rule.name)
     _sampler(config)
     _server_optimizer(config)
     _check_catalogues(config)
+    _check_attackers(config)
     _check_device(config.device)
     rules.require(rule, config.num_byzantine, config.rule.options)
-    _check_cohort(config, rule)
+    _check_cohort(config)
+    _check_weighted(config, rule)
+    _check_server_rows(config, sector)
+    _check_suspicion(config)
     return sector
 
 
@@ -32,11 +47,15 @@ def build_sector(config: RunConfig) -> Sector:
     return sectors.get(config.sector.name, config.sector.options)
 
 
-def strategy(config: RunConfig, sector: Sector, *, clock: Clock, commit: Commit) -> RoundStrategy:
-    """The run's strategy.  `check` has passed."""
+def strategy(
+    config: RunConfig, sector: Sector, *, clock: Clock, commit: Commit, scratch: Path | None = None
+) -> RoundStrategy:
+    """The run's strategy.  `check` has passed.  A matrix too large for memory lies in the folder `scratch`."""
     return RoundStrategy(
         rule=rules.get(config.rule.name),
         rule_options=config.rule.options,
+        preaggregators=pipeline(config).preaggregators,
+        device=config.device,
         num_byzantine=config.num_byzantine,
         weighted=config.rule.weighted,
         sampler=_sampler(config),
@@ -46,14 +65,24 @@ def strategy(config: RunConfig, sector: Sector, *, clock: Clock, commit: Commit)
             max_update_norm=config.checks.max_update_norm,
             counts=sector.all_counts(),
             metrics=frozenset({"train/loss"}),
+            max_matrix_bytes=int(config.checks.max_matrix_mb * 2**20),
+            scratch=scratch,
         ),
+        reference=reference(config, sector) if _needs_reference(config) else None,
         server_optimizer=_server_optimizer(config),
+        suspicion=_suspicion(config),
         scoring=scoring(sector),
         min_replies=config.min_replies,
         node_config=to_json(NodeTask.of(config)),
         clock=clock,
         commit=commit,
     )
+
+
+def pipeline(config: RunConfig) -> Pipeline:
+    """The run's pre-aggregators and rule, as one function of rows."""
+    before = [preaggregators.get(each.name, each.options) for each in config.preaggregator]
+    return Pipeline(rules.get(config.rule.name), config.rule.options, before)
 
 
 def scoring(sector: Sector) -> Scoring:
@@ -77,11 +106,59 @@ def _server_optimizer(config: RunConfig) -> server_optimizers.ServerOptimizer:
     return server_optimizers.get(o.name, lr=o.lr, momentum=o.momentum, beta1=o.beta1, beta2=o.beta2, tau=o.tau)
 
 
+def _suspicion(config: RunConfig) -> Suspicion | None:
+    s = config.suspicion
+    if s.name == "none":
+        return None
+    return Suspicion(
+        num_nodes=len(config.nodes.expand()),
+        num_byzantine=config.num_byzantine,
+        alpha=s.alpha,
+        horizon=s.horizon,
+        honest_flag_rate=s.honest_flag_rate,
+        liar_flag_rate=s.liar_flag_rate,
+        outlier_factor=s.outlier_factor,
+        released=frozenset(s.released),
+    )
+
+
+def _check_suspicion(config: RunConfig) -> None:
+    """A detector that exists, and released nodes that do."""
+    if config.suspicion.name not in choices("suspicion"):
+        known = ", ".join(choices("suspicion"))
+        raise ConfigError(f"suspicion={config.suspicion.name} does not exist; choose one of: {known}")
+    if config.suspicion.name == "none" and config.suspicion.released:
+        raise ConfigError("suspicion.released is for a run with suspicion=sequential: nobody is quarantined without it")
+    names = [spec.name for spec in config.nodes.expand()]
+    if odd := sorted(set(config.suspicion.released) - set(names)):
+        raise ConfigError(
+            f"suspicion.released: {', '.join(odd)} are no nodes of nodes={config.nodes.name}; "
+            f"its nodes are: {', '.join(names)}"
+        )
+
+
 def _check_catalogues(config: RunConfig) -> None:
     """What a user configured is never skipped: only what exists can be asked for."""
-    for group, found in (("privacy", config.privacy.name), ("attack", config.attack.name)):
-        if found != "none":
-            raise ConfigError(f"{group}={found} does not exist; choose one of: none")
+    if config.privacy.name != "none":
+        raise ConfigError(f"privacy={config.privacy.name} does not exist; choose one of: none")
+    if config.attack.name not in choices("attack"):
+        known = ", ".join(choices("attack"))
+        raise ConfigError(f"attack={config.attack.name} does not exist; choose one of: {known}")
+
+
+def _check_attackers(config: RunConfig) -> None:
+    """An attack is carried out by as many training nodes as the config says, or by those it names."""
+    attack = config.attack
+    if attack.name == "none":
+        return
+    trainers = {spec.name for spec in config.nodes.expand() if spec.role is Role.train}
+    if odd := sorted(set(attack.nodes) - trainers):
+        raise ConfigError(f"attack.nodes: {', '.join(odd)} are no training nodes of nodes={config.nodes.name}")
+    number = len(set(attack.nodes)) or attack.num_attackers or config.num_byzantine
+    if not number:
+        raise ConfigError(f"attack={attack.name} with num_byzantine=0 attacks nobody: set attack.num_attackers")
+    if number > len(trainers):
+        raise ConfigError(f"attack={attack.name} on {number} nodes, but there are {len(trainers)} training nodes")
 
 
 def _check_device(device: str) -> None:
@@ -95,15 +172,59 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def _check_cohort(config: RunConfig, rule: RuleSpec) -> None:
+def _check_weighted(config: RunConfig, rule: RuleSpec) -> None:
+    if config.rule.weighted and "weights" not in rule.needs:
+        raise ConfigError(f"rule={rule.name} weighs no rows: set rule.weighted=false")
+
+
+def _needs_reference(config: RunConfig) -> bool:
+    line = pipeline(config)
+    return any("reference_d" in needs for needs in (line.rule.needs, *(spec.needs for spec in line.preaggregators)))
+
+
+def _check_server_rows(config: RunConfig, sector: Sector) -> None:
+    """Refuse a rule that trusts the server's rows where it has none, or they cannot be read."""
+    if not _needs_reference(config):
+        return
+    if sector.server_data == "none":
+        raise ConfigError(
+            f"rule={config.rule.name} needs rows of the server's own: set sector.options.server_fraction=0.02, or "
+            "sector.options.server_path to a file in the sector's format"
+        )
+    sector.server_rows(config.data is DataSource.synthetic)
+
+
+def _check_cohort(config: RunConfig) -> None:
+    """Refuse what no cohort can satisfy, and options that no rule takes: everything is tried once, on numbers."""
     trainers = [s for s in config.nodes.expand() if s.role is Role.train]
     size = len(trainers)
     if config.sampler.name != "all":
         size = samplers.cohort_size(size, config.sampler.fraction, config.sampler.min_nodes)
-    needed = max(config.min_replies, rule.min_rows(config.num_byzantine))
-    if size < needed:
+    line = pipeline(config)
+    try:
+        if size < config.min_replies:
+            raise CohortTooSmall(f"{config.min_replies} are needed: min_replies={config.min_replies}")
+        line.require_rows(size, config.num_byzantine)
+        _rehearse(line, size, config.num_byzantine)
+    except CohortTooSmall as error:
         raise ConfigError(
-            f"a cohort has at most {size} of {len(trainers)} training nodes, but {needed} are needed "
-            f"(min_replies={config.min_replies}, rule={rule.name} with num_byzantine={config.num_byzantine}): "
+            f"a cohort has at most {size} of {len(trainers)} training nodes: {error}; "
             "take more nodes, a larger sampler.fraction, or a smaller num_byzantine"
-        )
+        ) from error
+
+
+def _rehearse(line: Pipeline, num_rows: int, num_byzantine: int) -> None:
+    """Run the pipeline on a few numbers.  Raises ConfigError when its options are not what it takes."""
+    rng = np.random.default_rng(0)
+    offers: dict[str, Callable[[], Any]] = {
+        "rng": lambda: rng,
+        "names": lambda: [(str(i),) for i in range(num_rows)],
+        "weights": lambda: None,
+        "state": dict,
+        "reference_d": lambda: np.ones(8, np.float32),
+    }
+    try:
+        line(rng.standard_normal((num_rows, 8)).astype(np.float32), num_byzantine=num_byzantine, offers=offers)
+    except (TypeError, ValueError) as error:
+        named = ", ".join([*(spec.name for spec in line.preaggregators), line.rule.name])
+        raise ConfigError(f"the options of {named} cannot be used: {error}") from error

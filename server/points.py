@@ -73,7 +73,7 @@ def of_round(record: RoundRecord) -> list[Point]:
 
 def nodes_of(record: RoundRecord) -> list[str]:
     """Every node the record says something of, sorted."""
-    named = {*record.asked, *record.answered, *(refusal.node for refusal in record.refusals)}
+    named = {*record.asked, *record.answered, *record.quarantined, *(refusal.node for refusal in record.refusals)}
     return sorted(named.union(record.node_metrics, record.num_examples, record.update_norms, record.epsilon))
 
 
@@ -107,8 +107,11 @@ def _node_values(record: RoundRecord, node: str) -> dict[str, float]:
         "update/weight": record.weights,
         "num_examples": record.num_examples,
         "privacy/epsilon": record.epsilon,
+        "suspicion": record.suspicion,
     }
     values = {key: column[node] for key, column in known.items() if node in column}
+    if record.suspicion:  # there is a detector
+        values["quarantined"] = float(node in record.quarantined)
     return {**values, "refused": float(any(refusal.node == node for refusal in record.refusals))}
 
 

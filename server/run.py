@@ -63,6 +63,10 @@ class RunResult:
     model_name: str | None = None
     model_path: str | None = None
     records_pending: int = 0
+    attack: dict[str, Any] | None = None
+    """Of a simulation with liars: name, nodes, start_round, and the success_rate of a backdoor."""
+    quarantined: list[dict[str, Any]] = field(default_factory=list)
+    """Nodes that are asked no more: {"node", "round", "evidence"}, the round being the last they were asked in."""
 
 
 def run(
@@ -112,7 +116,7 @@ def _train(
         if on_round is not None:
             on_round(after, record)
 
-    strategy = build.strategy(config, sector, clock=clock, commit=commit)
+    strategy = build.strategy(config, sector, clock=clock, commit=commit, scratch=folder.path)
     store = str(folder.nodes_path.resolve())
     nodes = registry.enrol(grid, door(grid, clock), config, store=store)
     return strategy.run(grid, state, nodes, rounds=config.rounds)
@@ -121,7 +125,8 @@ def _train(
 def resumed(resume: str, overrides: Sequence[str], runs_dir: str) -> tuple[RunConfig, list[str]]:
     """The configuration of a run to be continued, with what may change on top.  Raises ResumeError.
 
-    Only where it runs, where it is recorded and how many rounds it has may differ from the first start.
+    Only where it runs, where it is recorded, how many rounds it has and whom an operator lets in again may differ from
+    the first start.
     """
     folder = _find(resume, runs_dir)
     kept = _start_of(folder)
@@ -141,8 +146,8 @@ def resumed(resume: str, overrides: Sequence[str], runs_dir: str) -> tuple[RunCo
     if config_digest(config) != kept["config_digest"]:
         raise ResumeError(
             f"{folder.path.name} was started with {' '.join(kept['overrides']) or 'the defaults'}; "
-            f"{' '.join(more) or 'what is shipped now'} would make it another run. Only rounds, engine, tracking and "
-            "baselines may change: start a new run instead"
+            f"{' '.join(more) or 'what is shipped now'} would make it another run. Only rounds, engine, tracking, "
+            "baselines and suspicion.released may change: start a new run instead"
         )
     path = folder.path
     return replace(config, resume=str(path), run_name=path.name, runs_dir=str(path.parent)), merged
@@ -281,6 +286,15 @@ def _counted(folder: RunFolder, state: ServerState) -> list[RoundRecord]:
     return [r for r in folder.records() if (r.round <= state.round) == (r.purpose == "train")]
 
 
+def _quarantined(records: Sequence[RoundRecord]) -> list[dict[str, Any]]:
+    """Who is asked no more at the end, each with the round in which that was decided."""
+    since: dict[str, int] = {}
+    trained = [r for r in records if r.purpose == "train"]
+    for record in trained:
+        since = {node: since.get(node, record.round) for node in record.quarantined}
+    return [{"node": n, "round": since[n], "evidence": trained[-1].quarantined[n]} for n in sorted(since)]
+
+
 def summarise(
     folder: RunFolder,
     config: RunConfig,
@@ -325,4 +339,5 @@ def summarise(
         model_name=delivery.model_name,
         model_path=str(folder.version_path(state.round).resolve()),
         records_pending=delivery.pending,
+        quarantined=_quarantined(records),
     )

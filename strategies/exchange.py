@@ -7,10 +7,14 @@
 from __future__ import annotations
 
 import math
+import mmap
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +24,7 @@ from flwr.serverapp import Grid
 
 from strategies import checks
 from trellis import wire
-from trellis.errors import WireError
+from trellis.errors import TrellisError, WireError
 from trellis.types import POLICY_CODES, Collected, NodeInfo, Refusal, Request, Row, Update
 from trellis.vectors import Arrays, Layout, TensorSpec, Vector
 
@@ -104,6 +108,10 @@ class PlainExchange:
     counts: Mapping[str, TensorSpec] | None = None
     metrics: frozenset[str] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    max_matrix_bytes: int = 8 << 30
+    """A larger matrix lies in a file, mapped into memory."""
+    scratch: Path | None = None
+    """The folder of that file, which has no name there; None: the system's folder for temporary files."""
     _matrix: _Matrix = field(default_factory=lambda: _Matrix(), repr=False, compare=False)
 
     def collect(self, request: Request, cohort: Sequence[NodeInfo], ask: Ask, *, base: Arrays) -> Collected:
@@ -144,7 +152,8 @@ class PlainExchange:
         """Replies, in any order, -> rows, updates and refusals.  `cohort` is sorted by name."""
         expected = self.expected(request, base)
         shape = (len(cohort) if expected.trains else 0, expected.layout.dim)
-        ledger = _Ledger(cohort, expected, self._checks(cohort), self._matrix.take(shape))
+        rows_nd = self._matrix.take(shape, max_bytes=self.max_matrix_bytes, folder=self.scratch)
+        ledger = _Ledger(cohort, expected, self._checks(cohort), rows_nd)
         for reply in replies:
             ledger.enter(reply)
         return ledger.collected()
@@ -165,17 +174,42 @@ class _Matrix:
     """
 
     def __init__(self) -> None:
+        # One-dimensional: every view of a matrix, a row too, refers to the array it was made from, not to the matrix.
         self._kept: list[npt.NDArray[np.float32]] = []
 
-    def take(self, shape: tuple[int, int]) -> npt.NDArray[np.float32]:
+    def take(
+        self, shape: tuple[int, int], *, max_bytes: float = math.inf, folder: Path | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Rows to write into, (n, d) float32.  Beyond `max_bytes` they lie in a file in `folder`.
+
+        Raises TrellisError when that file has no room there.
+        """
+        size = shape[0] * shape[1]
         if shape[0] == 0:  # an evaluation has no rows, and takes nothing from the next round
             return np.empty(shape, np.float32)
-        # 2: the list and the argument of getrefcount; every view of the matrix, a row, would be one more
-        if self._kept and self._kept[0].shape == shape and sys.getrefcount(self._kept[0]) == 2:
-            return self._kept[0]
+        # 2: the list and the argument of getrefcount; every view, a row, would be one more
+        if self._kept and self._kept[0].size == size and sys.getrefcount(self._kept[0]) == 2:
+            return self._kept[0].reshape(shape)
         self._kept.clear()  # before the new one is there: never two matrices at once
-        self._kept.append(np.empty(shape, np.float32))
-        return self._kept[0]
+        self._kept.append(np.empty(size, np.float32) if 4 * size <= max_bytes else _mapped(size, folder))
+        return self._kept[0].reshape(shape)
+
+
+def _mapped(size: int, folder: Path | None) -> npt.NDArray[np.float32]:
+    """(size,) float32 in a file without a name: the disk has it back when nobody holds the array any more."""
+    size_bytes = 4 * size
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.truncate(size_bytes)
+            if sys.platform != "darwin":
+                # claimed at once: on a disk that fills up later, writing to the map would kill the process
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+            return np.frombuffer(mmap.mmap(file.fileno(), size_bytes), np.float32)
+    except OSError as error:
+        raise TrellisError(
+            f"a round's updates need {size_bytes} bytes in {folder or tempfile.gettempdir()}, which has no room for "
+            f"them ({error.strerror or error}): free the disk, raise checks.max_matrix_mb, or ask fewer nodes a round"
+        ) from error
 
 
 class _Ledger:

@@ -16,21 +16,24 @@ from logging import INFO
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from strategies import records, rules, samplers, server_optimizers
+from strategies.aggregation import Pipeline
 from strategies.exchange import Ask, Clock, Exchange, PlainExchange, WallClock, door
+from strategies.observers import suspicion
+from strategies.rows import Rows
 from trellis import canonical, wire
-from trellis.errors import CohortTooSmall, ConfigError
+from trellis.errors import CohortTooSmall, ConfigError, NotFinite
 from trellis.types import (
     Aggregated,
     Collected,
     NodeInfo,
     Observer,
+    PreAggregatorSpec,
     Refusal,
     Request,
     Role,
@@ -40,9 +43,8 @@ from trellis.types import (
     ServerState,
     Update,
 )
-from trellis.vectors import Layout, digest, norm
+from trellis.vectors import Layout, Vector, digest, norm
 
-PreAggregator = Callable[..., npt.NDArray[np.float32]]
 Commit = Callable[[ServerState, RoundRecord], None]
 """Called once a round, with the state after it: what makes the round durable."""
 
@@ -58,9 +60,15 @@ class RoundStrategy(Strategy):
     """Rows weigh what the registry holds for their nodes; else all the same."""
     sampler: samplers.Sampler = samplers.everyone
     exchange: Exchange = field(default_factory=lambda: PlainExchange(native=False))
-    preaggregators: Sequence[PreAggregator] = ()
+    preaggregators: Sequence[PreAggregatorSpec] = ()
     server_optimizer: server_optimizers.ServerOptimizer = field(default_factory=server_optimizers.plain)
     observers: Mapping[str, Observer] = field(default_factory=dict)
+    suspicion: suspicion.Suspicion | None = None
+    """The observer whose word counts: nodes that it quarantines are asked no more."""
+    reference: Callable[[ServerState], Vector] | None = None
+    """The server's own update from a state's params, for rules that need it."""
+    device: str = "cpu"
+    """Where rules compute: cpu is numpy, anything else a device of torch."""
     scoring: records.Scoring | None = None
     min_replies: int = 1
     node_config: Mapping[str, Any] = field(default_factory=dict)
@@ -91,16 +99,20 @@ class RoundStrategy(Strategy):
     def round(self, state: ServerState, nodes: Sequence[NodeInfo], ask: Ask) -> tuple[ServerState, RoundRecord]:
         """One round.  Version `state.round` is sent and measured, version `state.round + 1` comes out."""
         started_at, started = self.now(), time.perf_counter()
-        trainers = [n for n in nodes if n.role is Role.train]
-        judges = [n for n in nodes if n.role is Role.validation]
+        quarantined = self._quarantined(state)
+        trainers = [n for n in nodes if n.role is Role.train and n.name not in quarantined]
+        judges = [n for n in nodes if n.role is Role.validation and n.name not in quarantined]
         cohort = self.sampler(self._rng(state, "cohort"), trainers)
+        # of those asked, not of those who answered: who keeps others from answering must not lower it
+        num_byzantine = self._tolerated(len(cohort), _num_caught(quarantined, nodes))
         request = self.request(state, cohort)
         collected = self.exchange.collect(request, cohort, ask, base=state.params)
         judged = self._judge(state, judges, ask, splits=("validation",)) if judges else None
 
         stepped = time.perf_counter()
-        after, aggregated, closed = self._step(state, collected)
-        after, findings = self._observe(after, state, collected, aggregated)
+        after, aggregated, closed = self._step(state, collected, num_byzantine)
+        view = self._view(state, nodes, cohort, collected, judged, aggregated)
+        after, findings = self._observe(after, view)
         record = records.record(request, state, after, cohort, collected, judged, self.scoring, started_at)
         after = replace(after, best=records.best(self.scoring, state, record))
         seconds = {
@@ -115,14 +127,16 @@ class RoundStrategy(Strategy):
             aggregate_norm=norm(aggregated.update_d) if aggregated else 0.0,
             weights=records.weights(collected, aggregated),
             findings=findings,
+            suspicion=self.suspicion.llr(after.observers.get(suspicion.NAME)) if self.suspicion else {},
+            quarantined=self._quarantined(after),
             seconds=seconds,
         )
 
     def close(self, state: ServerState, nodes: Sequence[NodeInfo], ask: Ask) -> tuple[ServerState, RoundRecord]:
         """The closing evaluation: the last version on validation and test rows.  The model does not move."""
         started_at = self.now()
-        held_out = [n for n in nodes if n.role is not Role.train]
-        cohort = sorted(held_out or nodes, key=lambda n: n.name)
+        held_out, quarantined = [n for n in nodes if n.role is not Role.train], self._quarantined(state)
+        cohort = sorted((n for n in held_out or nodes if n.name not in quarantined), key=lambda n: n.name)
         judged = self._judge(state, cohort, ask, splits=("validation", "test"))
         request = self.request(state, cohort, purpose="evaluate", splits=("validation", "test"))
         record = records.record(request, state, state, cohort, judged, None, self.scoring, started_at)
@@ -152,11 +166,13 @@ class RoundStrategy(Strategy):
         request = self.request(state, cohort, purpose="evaluate", splits=splits)
         return self.exchange.collect(request, cohort, ask, base=state.params)
 
-    def _step(self, state: ServerState, collected: Collected) -> tuple[ServerState, Aggregated | None, str | None]:
+    def _step(
+        self, state: ServerState, collected: Collected, num_byzantine: int | None = None
+    ) -> tuple[ServerState, Aggregated | None, str | None]:
         """The model's move, or the reason why there is none."""
         try:
-            aggregated = self.aggregate(state, collected)
-        except CohortTooSmall as error:
+            aggregated = self.aggregate(state, collected, num_byzantine)
+        except (CohortTooSmall, NotFinite) as error:
             return replace(state, round=state.round + 1), None, str(error)
         optimizer, step_d = self.server_optimizer(state.optimizer, aggregated.update_d)
         params = Layout.of(state.params).apply(state.params, step_d)
@@ -165,38 +181,88 @@ class RoundStrategy(Strategy):
         after = replace(state, round=state.round + 1, params=params, optimizer=optimizer)
         return (replace(after, rule=aggregated.state) if aggregated.state is not None else after), aggregated, None
 
-    def aggregate(self, state: ServerState, collected: Collected) -> Aggregated:
-        """Rows -> one update.  Raises CohortTooSmall when quorum or rule need more rows."""
-        found, needed = len(collected.rows), max(self.min_replies, self.rule.min_rows(self.num_byzantine))
-        if found < needed:
-            raise CohortTooSmall(
-                f"{found} good replies, {needed} are needed (min_replies={self.min_replies}, "
-                f"rule={self.rule.name} with num_byzantine={self.num_byzantine})"
-            )
+    @property
+    def pipeline(self) -> Pipeline:
+        """Pre-aggregators and rule, as one function of rows."""
+        return Pipeline(self.rule, self.rule_options, self.preaggregators)
+
+    def aggregate(self, state: ServerState, collected: Collected, num_byzantine: int | None = None) -> Aggregated:
+        """Rows -> one update, that survives `num_byzantine` liars (None: as many as configured).
+
+        Raises CohortTooSmall when quorum or rule need more rows.
+        """
+        found = len(collected.rows)
+        if found < self.min_replies:
+            raise CohortTooSmall(f"{found} good replies, {self.min_replies} are needed: min_replies={self.min_replies}")
+        if self.weighted and not any(row.weight for row in collected.rows):
+            raise CohortTooSmall(f"{found} good replies, but their nodes registered no rows: every weight is 0")
+        reference = self.reference
         offers: dict[str, Callable[[], Any]] = {
             "rng": lambda: self._rng(state, "rule"),
             "names": lambda: [row.members for row in collected.rows],
             "weights": lambda: np.array([row.weight for row in collected.rows]) if self.weighted else None,
             "state": lambda: state.rule,
+            **({"reference_d": lambda: reference(state)} if reference else {}),
         }
-        missing = [need for need in self.rule.needs if need not in offers]
-        if missing:
-            raise ConfigError(f"rule={self.rule.name} needs {missing}, which this run does not have")
-        if self.weighted and not any(row.weight for row in collected.rows):
-            raise CohortTooSmall(f"{found} good replies, but their nodes registered no rows: every weight is 0")
-        updates_nd = collected.updates_nd
-        for preaggregate in self.preaggregators:
-            updates_nd = preaggregate(updates_nd, num_byzantine=self.num_byzantine)
-        needs = {need: offers[need]() for need in self.rule.needs}
-        result = self.rule.fn(updates_nd, num_byzantine=self.num_byzantine, **needs, **self.rule_options)
-        return result if isinstance(result, Aggregated) else Aggregated(result)
+        liars = self.num_byzantine if num_byzantine is None else num_byzantine
+        return self.pipeline(self._rows(collected), num_byzantine=liars, offers=offers)
 
-    def _observe(
-        self, after: ServerState, before: ServerState, collected: Collected, aggregated: Aggregated | None
-    ) -> tuple[ServerState, dict[str, float]]:
-        view = RoundView(after.round, collected.rows, aggregated, collected.refusals, before.params)
+    def _rows(self, collected: Collected) -> Rows:
+        return Rows(collected.updates_nd, device=None if self.device == "cpu" else self.device)
+
+    # ------------------------------------------------------------ who is believed
+
+    def _quarantined(self, state: ServerState) -> dict[str, str]:
+        """Nodes that are asked no more, each with the evidence."""
+        return self.suspicion.quarantined(state.observers.get(suspicion.NAME)) if self.suspicion else {}
+
+    def _tolerated(self, cohort_size: int, num_caught: int) -> int:
+        """Liars that a round of so many nodes must survive: f, or as few less as it takes, by `num_caught` at most.
+
+        f where even that does not fit: the round then closes.
+        """
+        least = max(self.num_byzantine - num_caught, 0)
+        fitting = (f for f in range(self.num_byzantine, least - 1, -1) if self._fits(cohort_size, f))
+        return next(fitting, self.num_byzantine)
+
+    def _fits(self, cohort_size: int, num_byzantine: int) -> bool:
+        try:
+            self.pipeline.require_rows(cohort_size, num_byzantine)
+        except CohortTooSmall:
+            return False
+        return cohort_size >= self.min_replies
+
+    def _view(
+        self,
+        state: ServerState,
+        nodes: Sequence[NodeInfo],
+        cohort: Sequence[NodeInfo],
+        collected: Collected,
+        judged: Collected | None,
+        aggregated: Aggregated | None,
+    ) -> RoundView:
+        caught = _num_caught(self._quarantined(state), nodes)
+
+        def fits(num_more: int) -> bool:
+            left = len(cohort) - num_more
+            return self._fits(left, self._tolerated(left, caught + num_more))
+
+        many = [collected, judged] if judged else [collected]
+        return RoundView(
+            round=state.round + 1,
+            rows=collected.rows,
+            aggregated=aggregated,
+            refusals=tuple(refusal for each in many for refusal in each.refusals),
+            base=state.params,
+            answered=tuple(sorted(update.node for each in many for update in each.updates)),
+            updates_nd=self._rows(collected),
+            fits=fits,
+        )
+
+    def _observe(self, after: ServerState, view: RoundView) -> tuple[ServerState, dict[str, float]]:
         states, findings = dict(after.observers), dict[str, float]()
-        for name, observe in self.observers.items():
+        detector: Mapping[str, Observer] = {suspicion.NAME: self.suspicion} if self.suspicion else {}
+        for name, observe in {**self.observers, **detector}.items():
             states[name], found = observe(states.get(name), view)
             findings.update({f"{name}/{key}": value for key, value in found.items()})
         return replace(after, observers=states), findings
@@ -315,6 +381,11 @@ class RoundStrategy(Strategy):
         while len(ids := sorted(grid.get_node_ids())) < needed:
             self.clock.sleep(0.5)
         return [NodeInfo(f"{node_id:020d}", node_id) for node_id in ids]
+
+
+def _num_caught(quarantined: Mapping[str, str], nodes: Sequence[NodeInfo]) -> int:
+    """Quarantined nodes that would train: held-out ones are not among the liars of a cohort."""
+    return len(set(quarantined) - {n.name for n in nodes if n.role is not Role.train})
 
 
 def _sending(exchange: Exchange, config: ConfigRecord | None, timeout: float) -> Exchange:

@@ -9,13 +9,28 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 
+from strategies.rules.centre import CENTERED_CLIPPING, GEOMETRIC_MEDIAN, centered_clipping, geometric_median
+from strategies.rules.coordinate import MEAMED, MEDIAN, TRIMMED_MEAN, meamed, median, trimmed_mean
+from strategies.rules.filters import CGE, DNC, FLAME, cge, dnc, flame
+from strategies.rules.krum import BULYAN, KRUM, MULTI_KRUM, bulyan, krum, multi_krum
 from strategies.rules.mean import MEAN, mean
+from strategies.rules.robust import ROBUST, robust
+from strategies.rules.trust import FLTRUST, FOOLSGOLD, fltrust, foolsgold
 from trellis.errors import ConfigError
 from trellis.types import RuleSpec
 
-RULES: dict[str, RuleSpec] = {spec.name: spec for spec in (MEAN,)}
+RULES: dict[str, RuleSpec] = {
+    spec.name: spec
+    for spec in (
+        MEAN, MEDIAN, TRIMMED_MEAN, MEAMED, KRUM, MULTI_KRUM, BULYAN, GEOMETRIC_MEDIAN, CENTERED_CLIPPING, FLTRUST,
+        FOOLSGOLD, CGE, DNC, FLAME, ROBUST,
+    )
+}  # fmt: skip
 
-__all__ = ["RULES", "get", "mean"]
+__all__ = [
+    "RULES", "bulyan", "centered_clipping", "cge", "dnc", "flame", "fltrust", "foolsgold", "geometric_median", "get",
+    "krum", "meamed", "mean", "median", "multi_krum", "require", "robust", "trimmed_mean",
+]  # fmt: skip
 
 
 def require(rule: RuleSpec, num_byzantine: int, options: Mapping[str, object]) -> None:

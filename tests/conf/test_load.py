@@ -35,7 +35,9 @@ def test_there_is_a_folder_for_every_noun() -> None:
 def test_every_shipped_option_composes_and_builds(group: str, option: str) -> None:
     # nodes=consortium: some rules and experiments need more rows than the pilot's three
     first = [] if group in ("nodes", "experiment") else ["nodes=consortium"]
-    strategy = built(load([*first, f"{group}={option}"]))
+    more = ["attack.num_attackers=2"] if group == "attack" and option != "none" else []
+    more += ["sector.options.server_fraction=0.02"] if option == "fltrust" else []
+    strategy = built(load([*first, f"{group}={option}", *more]))
     assert strategy.node_config["sector"] in choices("sector")
 
 

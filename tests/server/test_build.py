@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +13,15 @@ from conf.load import load
 from conf.schema import HeldOutConfig, NodesConfig, NodeSpec, NodeTask, to_json
 from server import build
 from strategies.exchange import PlainExchange, WallClock
-from trellis.errors import ConfigError
+from strategies.observers.suspicion import Suspicion
+from trellis.errors import ConfigError, MissingData
 
 
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
         (["num_byzantine=1"], r"rule=mean tolerates no liar, but num_byzantine=1"),
-        (["min_replies=4"], r"at most 3 of 3 training nodes, but 4 are needed"),
+        (["min_replies=4"], r"at most 3 of 3 training nodes: 4 are needed"),
         (["nodes=consortium", "sampler=uniform", "min_replies=3"], r"at most 2 of 10"),
         (["device=cuda:99"], r"device=cuda:99 cannot be used here"),
         (["device=toaster"], r"device=toaster cannot be used here"),
@@ -27,8 +29,19 @@ from trellis.errors import ConfigError
         (["sampler.name=oracle"], r"no sampler 'oracle'"),
         (["server_optimizer.name=lion"], r"no server optimizer 'lion'"),
         (["sector.name=weather"], r"unknown sector 'weather'"),
-        (["attack.name=sign_flop"], r"attack=sign_flop does not exist"),
+        (["attack.name=sign_flop"], r"attack=sign_flop does not exist; choose one of: agr_tailored, alie"),
+        (["attack=alie"], r"attack=alie with num_byzantine=0 attacks nobody: set attack.num_attackers"),
+        (["attack=alie", "attack.num_attackers=4"], r"attack=alie on 4 nodes, but there are 3 training nodes"),
+        (["attack=alie", "attack.nodes=[north,ash,elm]"], r"attack.nodes: ash, elm are no training nodes"),
+        (["suspicion.name=hunch"], r"suspicion=hunch does not exist; choose one of: none, sequential"),
+        (["suspicion=sequential", "suspicion.released=[elm]"], r"elm are no nodes of .* are: north, south, west"),
+        (["suspicion.released=[north]"], r"suspicion\.released is for a run with suspicion=sequential"),
         (["nodes.items=[]"], r"`items` or a `count`"),
+        (
+            ["rule=fltrust"],
+            r"fltrust needs rows of the server's own: set .*server_fraction=0\.02, or .*server_path",
+        ),
+        (["rule.name=median", "rule.weighted=true"], r"rule=median weighs no rows: set rule\.weighted=false"),
     ],
 )
 def test_a_run_that_cannot_work_is_refused_before_it_starts(overrides: list[str], reason: str) -> None:
@@ -50,6 +63,39 @@ def test_the_strategy_holds_what_the_config_says() -> None:
     assert (strategy.exchange.native, strategy.exchange.timeout_s, strategy.exchange.max_update_norm) == (True, 9, 7)
     assert (strategy.rule.name, strategy.min_replies, strategy.weighted) == ("mean", 3, False)
     assert strategy.node_config == to_json(NodeTask.of(config))
+
+
+def test_the_detector_is_that_of_the_config_and_counts_every_node() -> None:
+    def built(*overrides: str) -> Suspicion | None:
+        config = load(["nodes=consortium", *overrides])
+        return build.strategy(config, build.check(config), clock=WallClock(), commit=lambda *_: None).suspicion
+
+    assert built() is None
+    found = built(
+        "suspicion=sequential", "suspicion.alpha=0.05", "suspicion.released=[elm,fir]", "rule=krum", "num_byzantine=2"
+    )
+    assert found == Suspicion(num_nodes=10, num_byzantine=2, alpha=0.05, released=frozenset({"elm", "fir"}))
+
+
+def test_a_large_matrix_goes_where_the_run_says(tmp_path: Path) -> None:
+    config = load(["checks.max_matrix_mb=2.5"])
+    strategy = build.strategy(
+        config, build.check(config), clock=WallClock(), commit=lambda state, record: None, scratch=tmp_path
+    )
+    assert isinstance(strategy.exchange, PlainExchange)
+    assert (strategy.exchange.max_matrix_bytes, strategy.exchange.scratch) == (5 << 19, tmp_path)
+
+
+@pytest.mark.parametrize(("rule", "needed"), [("fltrust", True), ("mean", False), ("median", False)])
+def test_only_a_rule_that_needs_the_servers_update_has_it_trained(rule: str, needed: bool) -> None:
+    config = load([f"rule={rule}", "sector.options.server_fraction=0.1"])
+    strategy = build.strategy(config, build.check(config), clock=WallClock(), commit=lambda state, record: None)
+    assert (strategy.reference is not None) is needed
+
+
+def test_rows_of_the_servers_own_that_are_not_there_are_missed_before_the_run_starts(tmp_path: Path) -> None:
+    with pytest.raises(MissingData, match=r"gone\.csv"):
+        build.check(load(["rule=fltrust", f"sector.options.server_path={tmp_path / 'gone.csv'}"]))
 
 
 # ---------------------------------------------------------------- scores

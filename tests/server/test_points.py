@@ -77,6 +77,26 @@ def test_a_node_has_its_own_values_and_whether_it_was_refused() -> None:
     assert points.node_table(RECORD)["nodes"]["n2"]["val/ap"] == 0.6
 
 
+def test_a_detector_gives_every_node_its_evidence_and_whether_it_is_out() -> None:
+    record = replace(
+        RECORD,
+        asked=("n1", "n2"),
+        refusals=(),
+        findings={"suspicion/num_quarantined": 1.0, "suspicion/max": 2.5, "suspicion/num_flagged": 0.0},
+        suspicion={"n1": 2.5, "n3": 11.6},
+        quarantined={"n3": "flagged in 4 of 4 rounds"},
+    )
+    assert points.nodes_of(record) == ["n1", "n2", "n3"]
+    of_nodes = {n: values(points.of_node(record, n)) for n in points.nodes_of(record)}
+    assert (of_nodes["n1"]["suspicion", 3], of_nodes["n1"]["quarantined", 3]) == (2.5, 0.0)
+    assert of_nodes["n2"]["quarantined", 3] == 0.0
+    assert ("suspicion", 3) not in of_nodes["n2"], "it was never judged"
+    assert of_nodes["n3"] == {("suspicion", 3): 11.6, ("quarantined", 3): 1.0, ("refused", 3): 0.0}
+    federation = values(points.of_round(record))
+    assert [federation[f"suspicion/{key}", 3] for key in ("num_quarantined", "max", "num_flagged")] == [1.0, 2.5, 0.0]
+    assert ("quarantined", 3) not in values(points.of_node(RECORD, "n1")), "there is no detector"
+
+
 def test_nan_is_kept_and_an_infinity_is_not_sent() -> None:
     record = replace(RECORD, base_metrics={"val/ap": math.nan, "val/loss": math.inf, "train/loss": -math.inf})
     sent = {p.key: p.value for p in (*points.of_version(record), *points.of_round(record))}

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies import rules
-from strategies.rules.mean import BLOCK, MEAN, mean
+from strategies.rows import BLOCK_BYTES
+from strategies.rules.mean import MEAN, mean
 from trellis.errors import CohortTooSmall, ConfigError
 
 ROWS = np.array([[1, 2], [3, 6], [5, 1]], np.float32)
@@ -41,8 +42,9 @@ def test_the_mean_of_one_row_is_the_row() -> None:
 
 
 def test_columns_beyond_one_block_are_averaged_too() -> None:
-    rows = np.stack([np.arange(BLOCK + 3), np.arange(BLOCK + 3) + 2]).astype(np.float32)
-    assert np.array_equal(mean(rows).update_d, np.arange(BLOCK + 3, dtype=np.float32) + 1)
+    d = 2 * BLOCK_BYTES // 8 + 3
+    rows = np.stack([np.arange(d), np.arange(d) + 2]).astype(np.float32)
+    assert np.array_equal(mean(rows).update_d, np.arange(d, dtype=np.float32) + 1)
 
 
 def test_the_sum_is_kept_in_float64() -> None:

@@ -19,6 +19,7 @@ from strategies import samplers, server_optimizers
 from strategies.exchange import PlainExchange, StoppedClock, WallClock, door
 from strategies.flower import RoundStrategy
 from strategies.records import Scoring
+from strategies.rows import Rows
 from trellis import wire
 from trellis.errors import ConfigError
 from trellis.types import (
@@ -26,6 +27,7 @@ from trellis.types import (
     Counts,
     MetricSpec,
     NodeInfo,
+    PreAggregatorSpec,
     Role,
     RoundRecord,
     RoundView,
@@ -270,15 +272,19 @@ def test_a_rule_gets_exactly_what_it_needs() -> None:
 
 
 def test_preaggregators_stand_before_the_rule_in_their_order() -> None:
-    def doubled(updates_nd: Any, *, num_byzantine: int) -> Any:
-        return updates_nd * 2
+    def doubled(rows: Rows, *, num_byzantine: int) -> Rows:
+        return rows.combined(2 * np.eye(3))
 
-    def first_only(updates_nd: Any, *, num_byzantine: int) -> Any:
-        return updates_nd[-1:] + 1
+    def last_two(rows: Rows, *, num_byzantine: int) -> Rows:
+        return rows.combined(np.array([[0, 1, 0], [0, -1, 2]]))
 
-    state, record = play(LocalGrid(node_app(), 3), preaggregators=(doubled, first_only))
-    assert (state.params["w"] - BASE["w"]).tolist() == [5.0] * 3  # 2 * 2 + 1
-    assert record.weights == {}  # one row of no node's own
+    def of(fn: Any, num_rows: int) -> PreAggregatorSpec:
+        return PreAggregatorSpec(fn.__name__, fn, num_rows=lambda n: num_rows)
+
+    state, record = play(LocalGrid(node_app(), 3), preaggregators=(of(doubled, 3), of(last_two, 2)))
+    # rows 0, 1, 2 become 0, 2, 4, then 2 and -2 + 8; their mean is 4
+    assert (state.params["w"] - BASE["w"]).tolist() == [4.0] * 3
+    assert record.weights == {"node-0": 0.0, "node-1": 0.0, "node-2": 2.0}
 
 
 # ---------------------------------------------------------------- time
