@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from conf.load import load
 from conf.schema import EngineName, NodeTask, RunConfig
 from experiments import baselines
-from experiments.engines.local import LocalGrid
+from experiments.attacks import outcome
+from experiments.engines.adversary import Plot, attacked_app, plot_of
+from experiments.engines.local import App, LocalGrid, load_app
 from sectors.base import Sector, num_rows, place_of
 from server import build
 from server.folder import RunFolder
@@ -24,20 +28,45 @@ def simulate(overrides: Sequence[str], *, on_round: OnRound | None = None) -> Ru
     """Run one federation to its end.  Raises ConfigError, DataError or ResumeError before anything is written."""
     config, overrides = prepare(overrides)
     sector = build.check(config)
+    plot = plot_of(config, sector)
     _check_data(config, sector)
+    result = _run(config, plot, list(overrides), on_round)
+    found: dict[str, Any] = {}
+    if config.baselines:
+        found["baselines"] = baselines.baselines(config, sector)
+    if plot is not None:
+        found["attack"] = _attack(config, sector, plot, result)
+    if found:
+        result = dataclasses.replace(result, **found)
+        folder = RunFolder(Path(result.run_dir))
+        folder.write_json(folder.result_path, dataclasses.asdict(result))
+    return result
+
+
+def _run(config: RunConfig, plot: Plot | None, overrides: list[str], on_round: OnRound | None) -> RunResult:
+    """The run on the engine of its configuration, with the attackers of its plot."""
     specs = config.nodes.expand()
     if config.engine.name is EngineName.ray:
         from experiments.engines import ray
 
-        result = ray.simulate(config, num_nodes=len(specs), overrides=list(overrides), on_round=on_round)
-    else:
-        with LocalGrid(CLIENT_APP, len(specs), workers=config.engine.workers) as grid:
-            result = run(config, grid, overrides=overrides, on_round=on_round)
-    if config.baselines:
-        result = dataclasses.replace(result, baselines=baselines.baselines(config, sector))
-        folder = RunFolder(Path(result.run_dir))
-        folder.write_json(folder.result_path, dataclasses.asdict(result))
-    return result
+        app = load_app(CLIENT_APP) if plot is None else attacked_app(plot)
+        return ray.simulate(config, num_nodes=len(specs), overrides=overrides, on_round=on_round, app=app)
+    made: App = CLIENT_APP if plot is None else partial(attacked_app, plot, config)
+    # honest nodes first, so that attackers see what they sent
+    last = {i for i, spec in enumerate(specs) if plot is not None and spec.name in plot.nodes}
+    with LocalGrid(made, len(specs), workers=config.engine.workers, last=last) as grid:
+        return run(config, grid, overrides=overrides, on_round=on_round)
+
+
+def _attack(config: RunConfig, sector: Sector, plot: Plot, result: RunResult) -> dict[str, Any]:
+    """Who lied, how, and whether a backdoor opens."""
+    rate = outcome.success_rate(config, sector, Path(str(result.model_path))) if plot.attack == "backdoor" else None
+    return {
+        "name": plot.attack,
+        "nodes": list(plot.nodes),
+        "start_round": plot.start_round,
+        "success_rate": rate,
+    }
 
 
 def prepare(overrides: Sequence[str]) -> tuple[RunConfig, list[str]]:

@@ -34,6 +34,9 @@ from flwr.supercore.run import Run
 from trellis import wire
 from trellis.errors import ConfigError
 
+App = ClientApp | str | Callable[[], ClientApp]
+"""A ClientApp, "module:attribute", or a function that makes one."""
+
 Delay = Callable[[int, Message, Message], float]
 """(index of the node, message, reply) -> seconds between sending and arrival; infinite: the reply is lost."""
 
@@ -70,21 +73,23 @@ class _Arrival:
 class LocalGrid(Grid):
     """A Grid over `num_nodes` simulated nodes of one ClientApp.
 
-    `app` is a ClientApp, or "module:attribute" (needed for workers > 1: each process imports it).  Use as a context
-    manager where there are workers.
+    `app` is a ClientApp; for workers > 1 "module:attribute", or a function that can be pickled: each process makes its
+    own.  Messages to nodes whose index is in `last` are computed after all others that were sent with them, where there
+    is one worker.  Use as a context manager where there are workers.
     """
 
     def __init__(
         self,
-        app: ClientApp | str,
+        app: App,
         num_nodes: int,
         *,
         workers: int = 1,
         node_config: Callable[[int], Mapping[str, bool | float | int | str]] | None = None,
         run_config: Mapping[str, bool | float | int | str] | None = None,
         delay_s: Delay = no_delay,
+        last: Set[int] = frozenset(),
     ) -> None:
-        if workers > 1 and not isinstance(app, str):
+        if workers > 1 and isinstance(app, ClientApp):
             raise ConfigError("workers > 1 needs the app as 'module:attribute', so that each process can import it")
         self._app = load_app(app)
         run_id = secrets.randbits(62)
@@ -104,13 +109,14 @@ class LocalGrid(Grid):
             for node_id, i in self._index.items()
         }
         self._delay_s = delay_s
+        self._last = last
         self._waiting: deque[tuple[float, Message]] = deque()
         self._running: dict[Future[tuple[Message, Context | None]], tuple[float, Message]] = {}
         self._arrivals: list[_Arrival] = []
         self._mailbox: dict[str, Message] = {}
         self._order = 0
         self.clock = VirtualClock(self)
-        self._new_pool = partial(_pool, str(app), workers)
+        self._new_pool = partial(_pool, app, workers)
         self._pool = self._new_pool() if workers > 1 else None
 
     def __enter__(self) -> LocalGrid:
@@ -143,14 +149,17 @@ class LocalGrid(Grid):
         return [FlowerNode(node_id=node_id) for node_id in self._index]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
+        ids, last = [], []
         for message in messages:
             sent = _own_copy(message)
             ids.append(sent.metadata.message_id)
-            if self._pool is None:
-                self._waiting.append((self.clock.now(), sent))
-            else:
+            if self._pool is not None:
                 self._running[self._submit(self._pool, sent)] = (self.clock.now(), sent)
+            elif self._index.get(sent.metadata.dst_node_id) in self._last:
+                last.append((self.clock.now(), sent))
+            else:
+                self._waiting.append((self.clock.now(), sent))
+        self._waiting.extend(last)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -259,10 +268,12 @@ def call(app: ClientApp | None, message: Message, context: Context | None) -> tu
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message), context
 
 
-def load_app(app: ClientApp | str) -> ClientApp:
-    """A ClientApp, or the one at "module:attribute".  Raises ConfigError."""
+def load_app(app: App) -> ClientApp:
+    """A ClientApp, the one at "module:attribute", or the one a function makes.  Raises ConfigError."""
     if isinstance(app, ClientApp):
         return app
+    if not isinstance(app, str):
+        return app()
     module, _, attribute = app.partition(":")
     try:
         loaded = getattr(import_module(module), attribute, None)
@@ -305,13 +316,13 @@ def _own_records(content: RecordDict) -> RecordDict:
 _worker_app: ClientApp | None = None
 
 
-def _pool(app: str, workers: int) -> ProcessPoolExecutor:
+def _pool(app: App, workers: int) -> ProcessPoolExecutor:
     # spawn: a fork of a process with threads (torch, MLflow's) can deadlock
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(app,))
 
 
-def _start_worker(app: str) -> None:
+def _start_worker(app: App) -> None:
     global _worker_app
     _worker_app = load_app(app)
 

@@ -13,9 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from flwr.app import Context
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from clients.app import app as client_app
+from clients.app import app as honest_app
 from conf.schema import EngineConfig, RunConfig
 from server.run import OnRound, RunResult, run
 from trellis.errors import ConfigError, TrellisError
@@ -30,10 +31,17 @@ LONGEST_TEMP_DIR = 40
 """Characters: Ray keeps sockets about 60 characters below, and a socket's path has at most 107."""
 
 
-def simulate(config: RunConfig, *, num_nodes: int, overrides: list[str], on_round: OnRound | None = None) -> RunResult:
-    """Run `server.app`'s work on Flower's engine.  -> the result; the run's own errors come through.
+def simulate(
+    config: RunConfig,
+    *,
+    num_nodes: int,
+    overrides: list[str],
+    on_round: OnRound | None = None,
+    app: ClientApp = honest_app,
+) -> RunResult:
+    """Run `server.app`'s work on Flower's engine, with `app` at the nodes.  -> the result
 
-    Raises ConfigError when the cluster at `engine.address` cannot be reached.
+    The run's own errors come through.  Raises ConfigError when the cluster at `engine.address` cannot be reached.
     """
     from flwr.simulation import run_simulation
 
@@ -50,7 +58,7 @@ def simulate(config: RunConfig, *, num_nodes: int, overrides: list[str], on_roun
 
     with _surroundings():
         _connect(config.engine)
-        run_simulation(server_app, client_app, num_nodes, backend_config=backend(config.engine))
+        run_simulation(server_app, app, num_nodes, backend_config=backend(config.engine))
     if errors:
         raise errors[0]
     return results[0]

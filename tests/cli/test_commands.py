@@ -248,7 +248,7 @@ def test_synthetic_rows_are_named_wherever_a_result_is_shown(capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["rule=krumm"], "choose one of: mean"),
+        (["rule=krumm"], "choose one of: bulyan, centered_clipping"),
         (["sector=bank"], "banks, healthcare_wisconsin"),
         (["rouns=3"], "did you mean rounds"),
         (["rounds=many"], "could not be converted to Integer"),

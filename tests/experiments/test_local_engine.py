@@ -74,6 +74,25 @@ def test_every_message_gets_the_reply_of_its_node() -> None:
     }  # fmt: skip
 
 
+def test_nodes_that_come_last_are_computed_after_all_others() -> None:
+    computed: list[Any] = []
+
+    def train(message: Message, context: Context) -> Message:
+        computed.append(context.node_config["partition-id"])
+        return echo(message, context)
+
+    grid = grid_of(train, 4, last={0, 2})
+    messages = to_all(grid)
+    replies = by_node(grid, door(grid, grid.clock)(messages, 10))
+    assert computed == [1, 3, 0, 2]
+    assert set(replies) == {0, 1, 2, 3}
+
+
+def test_an_app_may_be_made_by_a_function() -> None:
+    made = ClientApp()
+    assert load_app(lambda: made) is made
+
+
 def test_replies_stream_one_at_a_time() -> None:
     computed: list[int] = []
 

@@ -145,11 +145,20 @@ def _cells(r: RunResult) -> dict[str, str]:
         f"{metric['split']} {metric['name']}": value,
         "also": "  ".join(f"{k.removeprefix('test/')} {v:.4f}" for k, v in test.items()),
         "best round": f"{r.best['round']} (validation {r.best['value']:.4f})" if r.best else "-",
+        "attack": _attack(r.attack),
         "refused": str(len(r.refusals)),
         "up, down": f"{_size(r.bytes_up)}, {_size(r.bytes_down)}",
         "seconds": f"{r.seconds:.1f}",
         "version": "-" if r.model_version is None else str(r.model_version),
     }
+
+
+def _attack(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    sleeping = f" from round {found['start_round']}" if found["start_round"] > 1 else ""
+    opens = "" if found["success_rate"] is None else f", succeeds on {found['success_rate']:.1%} of stamped test rows"
+    return f"{found['name']} by {', '.join(found['nodes'])}{sleeping}{opens}"
 
 
 def _advise(r: RunResult, out: Console) -> None:
@@ -166,6 +175,11 @@ def _advise(r: RunResult, out: Console) -> None:
             )
     for (node, reason), many in _grouped(r.refusals).items():
         line(f"refused    {node}, {len(many)} times: {reason} ({many[0]['evidence']})")
+    for caught in r.quarantined:
+        line(f"quarantined  {caught['node']}, round {caught['round']}: {caught['evidence']}")
+    if r.quarantined:
+        line("let a node in again, its evidence forgotten:")
+        line(f"       {_resume(r)} {_release(r.quarantined[0]['node'])}")
     line("")
     line(f"model      {r.model_path}")
     if r.model_version is not None:
@@ -183,16 +197,29 @@ def _advise(r: RunResult, out: Console) -> None:
 def _next(r: RunResult) -> list[str]:
     """Commands that can be copied: they find this run wherever its folder is."""
     folder = Path(r.run_dir)
-    usual = folder.parent.resolve() == Path(RUNS_DIR).resolve()
-    where = "" if usual else f" --runs-dir {shlex.quote(str(folder.parent))}"
-    resume = shlex.quote(f"resume={_hydra_value(folder.name if usual else str(folder))}")
+    where = "" if _usual(folder) else f" --runs-dir {shlex.quote(str(folder.parent))}"
     return [
         # the UI reads the database beside the run folders; there is none without tracking, or on another server
         *([f"trellis ui{where}"] if (folder.parent / "mlflow.db").exists() else []),
         f"trellis compare{where}",
-        f"trellis simulate {resume} rounds={r.rounds * 2}",
+        _resume(r),
         "trellis simulate sector=banks nodes=consortium",
     ]
+
+
+def _resume(r: RunResult) -> str:
+    """The command that lengthens this run."""
+    folder = Path(r.run_dir)
+    resume = shlex.quote(f"resume={_hydra_value(folder.name if _usual(folder) else str(folder))}")
+    return f"trellis simulate {resume} rounds={r.rounds * 2}"
+
+
+def _usual(folder: Path) -> bool:
+    return folder.parent.resolve() == Path(RUNS_DIR).resolve()
+
+
+def _release(node: str) -> str:
+    return shlex.quote(f"suspicion.released=[{_hydra_value(node)}]")
 
 
 def _hydra_value(text: str) -> str:
