@@ -25,6 +25,7 @@ OVERRIDES = [
     "rounds=2",
     "server_optimizer=momentum",
     "server_optimizer.momentum=0.5",
+    "rule.worker_momentum=0.9",
     "run_name=run",
 ]
 

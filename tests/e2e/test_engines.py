@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +37,6 @@ THREE_NODES = [
     "tracking=none",
     "rounds=2",
 ]
-ENVIRONMENT = {
-    **os.environ,
-    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-}
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +62,17 @@ def test_a_policy_refuses_on_the_local_engine(on_local: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_ray_gives_the_local_engines_model(on_local: dict[str, Any], tmp_path: Path) -> None:
+def test_ray_gives_the_local_engines_model(
+    on_local: dict[str, Any], quiet_environment: dict[str, str], tmp_path: Path
+) -> None:
     command = [BIN / "trellis", "simulate", "--json", "engine=ray", f"runs_dir={tmp_path}", "run_name=ray"]
     done = subprocess.run(
-        [*map(str, command), *THREE_NODES], env=ENVIRONMENT, capture_output=True, text=True, timeout=120, cwd=tmp_path
+        [*map(str, command), *THREE_NODES],
+        env=quiet_environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     printed = json.loads(done.stdout)
@@ -89,60 +84,12 @@ def test_ray_gives_the_local_engines_model(on_local: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.slow
-def test_flwr_run_gives_the_local_engines_model(on_local: dict[str, Any], tmp_path: Path) -> None:
+def test_flwr_run_gives_the_local_engines_model(
+    on_local: dict[str, Any], flwr_run: Callable[..., None], tmp_path: Path
+) -> None:
     overrides = " ".join([*THREE_NODES, f"runs_dir={tmp_path}", "run_name=flwr"])
-    with superlink() as environment:
-        command = ["flwr", "run", str(REPOSITORY), "here", "--stream"]
-        command += ["--federation-config", "num-supernodes=3", "--run-config", f"overrides='{overrides}'"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-        wait_for(lambda: (tmp_path / "flwr" / "result.json").exists(), 60)
+    flwr_run(REPOSITORY, f"overrides='{overrides}'", num_nodes=3, until=tmp_path / "flwr" / "result.json")
     assert what_was_computed(result(tmp_path / "flwr")) == what_was_computed(on_local)
-
-
-@contextmanager
-def superlink() -> Iterator[dict[str, str]]:
-    """A SuperLink in simulation mode, in a home of its own; all its processes end with it."""
-    home = tempfile.mkdtemp(prefix="fl", dir="/tmp")  # short: Ray's sockets may lie below
-    environment = {**ENVIRONMENT, "FLWR_HOME": home}
-    port = free_port()
-    (Path(home) / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
-    command = ["flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess", "--host", "127.0.0.1"]
-    with open(Path(home) / "log", "wb") as log:
-        process = subprocess.Popen(
-            [*command, "--port", str(port)], env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        wait_for(lambda: answers(port), 60)
-        yield environment
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait(10)
-        shutil.rmtree(home, ignore_errors=True)
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def wait_for(holds: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"nothing for {seconds} s"
-        time.sleep(0.1)
 
 
 # ---------------------------------------------------------------- what needs no process
@@ -167,8 +114,8 @@ def test_sockets_keep_short_paths_where_the_temporary_folder_is_deep(monkeypatch
     assert ray_engine.backend(EngineConfig())["init_args"]["_temp_dir"] == "/tmp/ray"
 
 
-def test_an_address_where_nothing_listens_is_misuse(tmp_path: Path) -> None:
-    address = f"127.0.0.1:{free_port()}"
+def test_an_address_where_nothing_listens_is_misuse(free_port: int, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port}"
     with pytest.raises(ConfigError, match=f"engine.address={address}: no Ray cluster answers there"):
         simulate(["engine=ray", f"engine.address={address}", "tracking=none", f"runs_dir={tmp_path}"])
     assert not list(tmp_path.iterdir())
