@@ -17,6 +17,7 @@ from typing import Any
 from strategies import preaggregators, rules, samplers, server_optimizers
 from strategies.exchange import PlainExchange
 from strategies.flower import RoundStrategy
+from strategies.observers.suspicion import Suspicion
 from trellis.types import Observer, ServerState
 from trellis.vectors import Vector
 
@@ -36,6 +37,7 @@ class Ready:
         min_replies: int = 1,
         max_update_norm: float = 1000.0,
         server_optimizer: server_optimizers.ServerOptimizer | None = None,
+        suspicion: Suspicion | None = None,
         observers: Mapping[str, Observer] | None = None,
         reference: Callable[[ServerState], Vector] | None = None,
         device: str = "cpu",
@@ -46,9 +48,10 @@ class Ready:
 
         `num_byzantine` lying nodes are survived in every round; fewer good replies than that takes, or than
         `min_replies`, close a round and the model stays.  `preaggregators` are names ("arc", "nnm", ...) in their
-        order; `fraction` of the nodes is asked; an update longer than `max_update_norm` is refused.  `reference` is the
-        server's own update, for fltrust.  Further keywords are options of the rule.  Raises ConfigError for options or
-        names that do not exist, and for a `num_byzantine` that the rule cannot survive at all.
+        order; `fraction` of the nodes is asked; an update longer than `max_update_norm` is refused; `suspicion` stops
+        asking nodes that lie again and again.  `reference` is the server's own update, for fltrust.  Further keywords
+        are options of the rule.  Raises ConfigError for options or names that do not exist, and for a `num_byzantine`
+        that the rule cannot survive at all.
         """
         return RoundStrategy(
             rule=rules.get(self.name),
@@ -58,6 +61,7 @@ class Ready:
             sampler=samplers.everyone if fraction == 1.0 else samplers.uniform(fraction=fraction),
             exchange=PlainExchange(native=False, max_update_norm=max_update_norm),
             server_optimizer=server_optimizer or server_optimizers.plain(),
+            suspicion=suspicion,
             observers=observers or {},
             reference=reference,
             min_replies=min_replies,

@@ -65,7 +65,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Quarantine:
-    """Since which round a node is asked no more, and why."""
+    """In which round it was decided that a node is asked no more, and why."""
 
     round: int
     evidence: str
