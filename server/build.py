@@ -205,12 +205,24 @@ def _check_cohort(config: RunConfig) -> None:
         if size < config.min_replies:
             raise CohortTooSmall(f"{config.min_replies} are needed: min_replies={config.min_replies}")
         line.require_rows(size, config.num_byzantine)
+        line.require_names(weighted=config.rule.weighted)
+        _check_selected(config, line.num_rows(size))
         _rehearse(line, size, config.num_byzantine)
     except CohortTooSmall as error:
         raise ConfigError(
             f"a cohort has at most {size} of {len(trainers)} training nodes: {error}; "
             "take more nodes, a larger sampler.fraction, or a smaller num_byzantine"
         ) from error
+
+
+def _check_selected(config: RunConfig, num_rows: int) -> None:
+    """Refuse to select more rows than there are honest ones, where nobody is away."""
+    wanted, most = config.rule.options.get("num_selected"), num_rows - config.num_byzantine
+    if isinstance(wanted, int) and wanted > most:
+        raise ConfigError(
+            f"rule.options.num_selected={wanted}: with {num_rows} rows and num_byzantine={config.num_byzantine} at "
+            f"most {most} can be selected"
+        )
 
 
 def _rehearse(line: Pipeline, num_rows: int, num_byzantine: int) -> None:
@@ -225,6 +237,6 @@ def _rehearse(line: Pipeline, num_rows: int, num_byzantine: int) -> None:
     }
     try:
         line(rng.standard_normal((num_rows, 8)).astype(np.float32), num_byzantine=num_byzantine, offers=offers)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         named = ", ".join([*(spec.name for spec in line.preaggregators), line.rule.name])
         raise ConfigError(f"the options of {named} cannot be used: {error}") from error

@@ -26,6 +26,7 @@ from server import build, checkpoint, registry, versions
 from server.folder import RunFolder
 from server.tracking import Delivery, RunInfo, TrackerLike, git_digest, make_tracker
 from strategies.exchange import Clock, StoppedClock, WallClock, door
+from strategies.flower import fresh_secret
 from trellis import wire
 from trellis.errors import ResumeError
 from trellis.types import RoundRecord, ServerState
@@ -83,7 +84,7 @@ def run(
     sector = build.check(config)
     started = time.monotonic()
     with _opened(config, sector, overrides) as (folder, run_id):
-        state = _restored(folder, config, sector, run_id)
+        state = _restored(folder, config, sector, run_id, fresh_secret(grid))
         earlier_s = sum(r.seconds.get("total", 0.0) for r in _counted(folder, state))
         info = _run_info(folder, config, sector, state, engine_of(grid))
         with make_tracker(folder, config.tracking, info) as tracker:
@@ -228,7 +229,7 @@ def _new_name(config: RunConfig) -> str:
     return f"{config.sector.name}-{config.rule.name}-{stamp}-{secrets.token_hex(2)}"
 
 
-def _restored(folder: RunFolder, config: RunConfig, sector: Sector, run_id: str) -> ServerState:
+def _restored(folder: RunFolder, config: RunConfig, sector: Sector, run_id: str, secret: str) -> ServerState:
     """The last committed state, or the first one, committed now."""
     if folder.state_path.exists():
         state = checkpoint.load(folder.state_path)
@@ -239,7 +240,7 @@ def _restored(folder: RunFolder, config: RunConfig, sector: Sector, run_id: str)
         return state
     arrays = initial_arrays(sector, config.seed)
     shared = {name: a for name, a in arrays.items() if not sector.is_local(name)}
-    state = ServerState(run=run_id, round=0, params=shared, seed=config.seed)
+    state = ServerState(run=run_id, round=0, params=shared, seed=config.seed, secret=secret)
     versions.write_version(folder, 0, state.params, _card(config, _local_layers(sector), state, None))
     checkpoint.save(folder.state_path, state)
     return state

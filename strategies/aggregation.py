@@ -40,6 +40,16 @@ class Pipeline:
                 f"num_byzantine={num_byzantine}"
             )
 
+    def require_names(self, *, weighted: bool = False) -> None:
+        """Raises ConfigError when the rule looks at whose a row is, and the rows are mixtures."""
+        mixing = [spec.name for spec in self.preaggregators if spec.mixes]
+        by_name = "names" in self.rule.needs or (weighted and "weights" in self.rule.needs)
+        if mixing and by_name:
+            raise ConfigError(
+                f"rule={self.rule.name} looks at whose a row is{' (weighted)' if weighted else ''}, and behind "
+                f"{', '.join(mixing)} a row is several nodes': take another rule, or no such preaggregator"
+            )
+
     def __call__(self, updates: Any, *, num_byzantine: int, offers: Offers) -> Aggregated:
         """(n, d) rows -> the aggregate, its weights those of the n rows.
 

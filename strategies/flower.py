@@ -9,6 +9,7 @@ that close without a step.  A bad reply costs its sender the round; too few left
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,7 @@ class RoundStrategy(Strategy):
 
     def __post_init__(self) -> None:
         rules.require(self.rule, self.num_byzantine, self.rule_options)
+        self.pipeline.require_names(weighted=self.weighted)
 
     # ------------------------------------------------------------ our loop
 
@@ -104,7 +106,7 @@ class RoundStrategy(Strategy):
         judges = [n for n in nodes if n.role is Role.validation and n.name not in quarantined]
         cohort = self.sampler(self._rng(state, "cohort"), trainers)
         # of those asked, not of those who answered: who keeps others from answering must not lower it
-        num_byzantine = self._tolerated(len(cohort), _num_caught(quarantined, nodes))
+        num_byzantine = self._tolerated(len(cohort), self._num_caught(state, nodes))
         request = self.request(state, cohort)
         collected = self.exchange.collect(request, cohort, ask, base=state.params)
         judged = self._judge(state, judges, ask, splits=("validation",)) if judges else None
@@ -174,6 +176,10 @@ class RoundStrategy(Strategy):
             aggregated = self.aggregate(state, collected, num_byzantine)
         except (CohortTooSmall, NotFinite) as error:
             return replace(state, round=state.round + 1), None, str(error)
+        except (ArithmeticError, ValueError, np.linalg.LinAlgError) as error:
+            # rows that a rule cannot digest cost the round, not the run
+            failed = f"rule={self.rule.name} failed: {type(error).__name__}: {error}"
+            return replace(state, round=state.round + 1), None, failed
         optimizer, step_d = self.server_optimizer(state.optimizer, aggregated.update_d)
         params = Layout.of(state.params).apply(state.params, step_d)
         if not all(np.isfinite(a).all() for a in params.values() if np.issubdtype(a.dtype, np.floating)):
@@ -198,7 +204,7 @@ class RoundStrategy(Strategy):
             raise CohortTooSmall(f"{found} good replies, but their nodes registered no rows: every weight is 0")
         reference = self.reference
         offers: dict[str, Callable[[], Any]] = {
-            "rng": lambda: self._rng(state, "rule"),
+            "rng": lambda: self._rng(state, "rule", state.secret),
             "names": lambda: [row.members for row in collected.rows],
             "weights": lambda: np.array([row.weight for row in collected.rows]) if self.weighted else None,
             "state": lambda: state.rule,
@@ -225,6 +231,16 @@ class RoundStrategy(Strategy):
         fitting = (f for f in range(self.num_byzantine, least - 1, -1) if self._fits(cohort_size, f))
         return next(fitting, self.num_byzantine)
 
+    def _num_caught(self, state: ServerState, nodes: Sequence[NodeInfo]) -> int:
+        """Liars of a cohort that are out for certain.
+
+        Caught lying, not only looking unusual; and none where cohorts are drawn: as many liars may be drawn as before.
+        """
+        if self.suspicion is None or self.sampler is not samplers.everyone:
+            return 0
+        judges = {n.name for n in nodes if n.role is not Role.train}
+        return len(self.suspicion.caught_lying(state.observers.get(suspicion.NAME)) - judges)
+
     def _fits(self, cohort_size: int, num_byzantine: int) -> bool:
         try:
             self.pipeline.require_rows(cohort_size, num_byzantine)
@@ -241,11 +257,10 @@ class RoundStrategy(Strategy):
         judged: Collected | None,
         aggregated: Aggregated | None,
     ) -> RoundView:
-        caught = _num_caught(self._quarantined(state), nodes)
+        num_byzantine = self._tolerated(len(cohort), self._num_caught(state, nodes))
 
         def fits(num_more: int) -> bool:
-            left = len(cohort) - num_more
-            return self._fits(left, self._tolerated(left, caught + num_more))
+            return self._fits(len(cohort) - num_more, num_byzantine)
 
         many = [collected, judged] if judged else [collected]
         return RoundView(
@@ -267,8 +282,8 @@ class RoundStrategy(Strategy):
             findings.update({f"{name}/{key}": value for key, value in found.items()})
         return replace(after, observers=states), findings
 
-    def _rng(self, state: ServerState, purpose: str) -> np.random.Generator:
-        return np.random.default_rng(canonical.seed_for(state.seed, purpose, state.round + 1))
+    def _rng(self, state: ServerState, *purpose: str) -> np.random.Generator:
+        return np.random.default_rng(canonical.seed_for(state.seed, *purpose, state.round + 1))
 
     def _commit(self, state: ServerState, record: RoundRecord) -> None:
         if self.commit is not None:
@@ -299,7 +314,8 @@ class RoundStrategy(Strategy):
         clock = getattr(grid, "clock", self.clock)
         strategy = replace(self, exchange=_sending(self.exchange, train_config, timeout), clock=clock)
         closing = replace(strategy, exchange=_sending(self.exchange, evaluate_config, timeout))
-        state = ServerState(run="flower", seed=self.seed, round=0, params=wire.from_record(initial_arrays))
+        params = wire.from_record(initial_arrays)
+        state = ServerState(run="flower", seed=self.seed, round=0, params=params, secret=fresh_secret(grid))
         result = Result()
         ask = door(grid, clock)
         if evaluate_fn and (first := evaluate_fn(0, initial_arrays)) is not None:
@@ -325,6 +341,7 @@ class RoundStrategy(Strategy):
         """A round's messages, for Flower's own loop."""
         exchange = replace(self._plain(), config=_merged(self._plain(), config))
         state = ServerState(run="flower", seed=self.seed, round=server_round - 1, params=wire.from_record(arrays))
+        state = replace(state, secret=fresh_secret(grid))
         # the optimizer's and the rule's memory live on from round to round, not from run to run
         if self._open is not None and server_round > 1:
             state = replace(self._open[2], round=server_round - 1, params=state.params)
@@ -376,16 +393,32 @@ class RoundStrategy(Strategy):
         return self.exchange
 
     def _connected(self, grid: Grid) -> list[NodeInfo]:
-        """Nodes by id, for apps without names; waits until enough are connected for a round to succeed."""
-        needed = max(self.min_replies, self.rule.min_rows(self.num_byzantine))
-        while len(ids := sorted(grid.get_node_ids())) < needed:
-            self.clock.sleep(0.5)
-        return [NodeInfo(f"{node_id:020d}", node_id) for node_id in ids]
+        """Nodes by id, for apps without names.
+
+        Waits for as many as a round needs, `timeout_s` of the exchange at most: with fewer the round closes.
+        """
+        timeout_s = getattr(self.exchange, "timeout_s", 3600.0)
+        # both clocks: virtual time passes while this process waits, a stopped one never does
+        ends, ends_s = self.clock.now() + timeout_s, time.monotonic() + timeout_s
+        nodes = _numbered(grid)
+        while not self._enough(nodes) and self.clock.now() < ends and time.monotonic() < ends_s:
+            self.clock.sleep(0.5, until=ends)
+            nodes = _numbered(grid)
+        return nodes
+
+    def _enough(self, nodes: Sequence[NodeInfo]) -> bool:
+        return self._fits(len(self.sampler(np.random.default_rng(0), nodes)), self.num_byzantine)
 
 
-def _num_caught(quarantined: Mapping[str, str], nodes: Sequence[NodeInfo]) -> int:
-    """Quarantined nodes that would train: held-out ones are not among the liars of a cohort."""
-    return len(set(quarantined) - {n.name for n in nodes if n.role is not Role.train})
+def _numbered(grid: Grid) -> list[NodeInfo]:
+    """The connected nodes, named by their ids."""
+    return [NodeInfo(f"{node_id:020d}", node_id) for node_id in sorted(grid.get_node_ids())]
+
+
+def fresh_secret(grid: Grid) -> str:
+    """A run's secret, from the OS; none in simulation."""
+    simulated = hasattr(grid, "clock") or wire.runs_on_ray(grid)
+    return "" if simulated else secrets.token_hex(32)
 
 
 def _sending(exchange: Exchange, config: ConfigRecord | None, timeout: float) -> Exchange:

@@ -102,8 +102,8 @@ PREAGGREGATORS: dict[str, PreAggregatorSpec] = {
     for spec in (
         PreAggregatorSpec("nnm", nnm, kappa=nnm_kappa),
         PreAggregatorSpec("bucketing", bucketing, needs=("rng",), num_rows=_num_buckets),
-        PreAggregatorSpec("clip", clip),
-        PreAggregatorSpec("arc", arc, kappa=arc_kappa),
+        PreAggregatorSpec("clip", clip, mixes=False),
+        PreAggregatorSpec("arc", arc, kappa=arc_kappa, mixes=False),
     )
 }
 

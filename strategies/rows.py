@@ -189,9 +189,16 @@ def squared_distances(updates: Updates, *, sketch_dim: int = 0, rng: np.random.G
     With `sketch_dim` k > 0 distances are those of a count sketch of the rows (see `sketch`): the relative error of a
     squared distance has mean 0 and a standard deviation of at most sqrt(2 / k).
     """
+    return about_middle(updates, sketch_dim=sketch_dim, rng=rng)[1]
+
+
+def about_middle(
+    updates: Updates, *, sketch_dim: int = 0, rng: np.random.Generator | None = None
+) -> tuple[Float64, Float64]:
+    """Products of the rows about a row near most of them, and squared distances.  (m, d) -> (m, m), (m, m)"""
     rows = sketch(updates, sketch_dim=sketch_dim, rng=rng) if sketch_dim else rows_of(updates)
     if rows.num_rows == 0:
-        return np.zeros((0, 0))
+        return np.zeros((0, 0)), np.zeros((0, 0))
     centre = 0
     for _ in range(3):  # each pass shrinks the rounding by 1e-7
         about = products(rows, centre_d=_row(rows, centre))
@@ -203,7 +210,7 @@ def squared_distances(updates: Updates, *, sketch_dim: int = 0, rng: np.random.G
         if middle == centre or lengths[middle] <= FAR * middles[middle]:
             break
         centre = middle
-    return found
+    return about, found
 
 
 def squared_norms(updates: Updates) -> Float64:
@@ -272,7 +279,7 @@ def _each_block(rows: Rows, one: Callable[[Any, slice], Any]) -> list[Any]:
     blocks = [slice(at, min(at + size, d)) for at in range(0, d, size)]
     if rows.device is not None:
         return [one(_block(rows, columns), columns) for columns in blocks]
-    with _single_threaded_blas():
+    with single_threaded_blas():
         if len(blocks) < 2:
             return [one(_block(rows, columns), columns) for columns in blocks]
         with ThreadPoolExecutor(min(_num_threads(), len(blocks))) as pool:
@@ -401,7 +408,7 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _single_threaded_blas() -> Any:
+def single_threaded_blas() -> Any:
     """Threads are over blocks; BLAS' own would only wait for each other, and their number would change its sums."""
     controller = _controller()
     return controller.limit(limits=1, user_api="blas") if controller.lib_controllers else nullcontext()

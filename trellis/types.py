@@ -244,6 +244,8 @@ class PreAggregatorSpec:
     needs: tuple[Need, ...] = ()
     num_rows: Callable[..., int] = lambda n: n
     """(n, **options) -> m."""
+    mixes: bool = True
+    """Whether a row may be made of several nodes' rows: then it has no name and no weight of its own."""
     kappa: Callable[[float, int, int], float] | None = None
 
 
@@ -270,6 +272,9 @@ class ServerState:
     best: Best | None = None
     seed: int = 0
     """Every draw of round r comes from `canonical.seed_for(seed, purpose, r)`: there is no generator state to keep."""
+    secret: str = ""
+    """Goes into the draws of rules as well: nodes know the seed, and must not foresee what a rule will look at.  Empty
+    in simulation, where a run follows from its seed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,27 +46,30 @@ def min_sum(view: View, *, direction: str = "std", bound: str = "max") -> Vector
 
 
 def agr_tailored(view: View, *, direction: str = "std", evaluations: int = 20) -> Vector:
-    """The largest gamma with which the run's own rule still counts the attackers.  -> (d,)
+    """The gamma with which the run's own rule goes furthest from the honest mean.  -> (d,)
 
-    Gamma is halved towards the largest at which an attacker's weight is above 0 (the attackers' rows are equal: a rule
-    that takes one row takes one of them).  Where the rule weighs no rows, or counts even an absurd one, gamma is where
-    the aggregate is furthest from the honest mean.
+    Three searches, and the best of them: the largest gamma at which the rule still counts all attackers (as in the
+    authors' code), the largest at which it counts one (their rows are equal: Krum takes one of them), both where it
+    says whom it counts, and a line search for the damage itself.
     """
     mu_d, p_d = view.mean(), perturbation(view, direction)
     unit = _min_max_gamma(view, mu_d, p_d)
     trial = Trial(view, mu_d)
 
-    def counts(gamma: float) -> bool:
-        return trial.is_counted(_moved(mu_d, gamma * unit, p_d))
-
     def damage(gamma: float) -> float:
         return trial.damage(_moved(mu_d, gamma * unit, p_d))
 
-    if trial.selects and not counts(UNSEEN):
-        gamma = largest(counts, start=UNSEEN, evaluations=evaluations)
-    else:
-        gamma = line_maximum(damage, step=1.0, most=UNSEEN, evaluations=evaluations)
-    return _moved(mu_d, gamma * unit, p_d)
+    found = [line_maximum(damage, step=1.0, most=UNSEEN, evaluations=evaluations)]
+    if trial.selects:
+        for counts in (trial.counts_all, trial.counts_one):
+            found.append(
+                largest(
+                    lambda gamma, counts=counts: counts(_moved(mu_d, gamma * unit, p_d)),  # type: ignore[misc]
+                    start=UNSEEN,
+                    evaluations=evaluations,
+                )
+            )
+    return _moved(mu_d, max(found, key=damage) * unit, p_d)
 
 
 def perturbation(view: View, direction: str) -> Vector:
@@ -115,7 +118,12 @@ class Trial:
         """Whether the rule says who counted."""
         return self._weights(self._mu_d) is not None
 
-    def is_counted(self, lie_d: Vector) -> bool:
+    def counts_all(self, lie_d: Vector) -> bool:
+        """Whether every attacker has a weight above 0."""
+        weights = self._weights(lie_d)
+        return weights is not None and bool((weights > 0).all())
+
+    def counts_one(self, lie_d: Vector) -> bool:
         """Whether an attacker has a weight above 0."""
         weights = self._weights(lie_d)
         return weights is not None and bool((weights > 0).any())

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import tempfile
 import time
 from dataclasses import dataclass
@@ -24,8 +25,9 @@ from strategies import rules
 
 ATTACKS = (
     "none", "sign_flip", "gaussian std=1.0", "ipm", "ipm optimised=true", "alie z=1.5", "alie optimised=true",
-    "min_max", "min_sum", "agr_tailored", "mimic", "rop", "scaling gamma=-10", "label_flip",
-    "backdoor scale=5.0", "free_rider", "free_rider mode=previous",
+    "min_max", "min_max direction=unit", "min_max direction=sign", "min_sum", "min_sum direction=unit",
+    "min_sum direction=sign", "agr_tailored", "agr_tailored direction=unit", "agr_tailored direction=sign", "mimic",
+    "rop", "scaling gamma=-10", "label_flip", "backdoor scale=5.0", "free_rider", "free_rider mode=previous",
 )  # fmt: skip
 """Attacks that pass the checks of a reply; the others cost their senders the round under every rule."""
 
@@ -37,7 +39,8 @@ class Outcome:
     rule: str
     attack: str
     seed: int
-    value: float
+    value: float | None
+    """None where nothing could be scored."""
     curve: tuple[float, ...]
     metric: str
     direction: str
@@ -97,10 +100,16 @@ def outcome(sector: str, nodes: str, rule: str, attack: str, seed: int, num_atta
 
 
 def worst(found: list[Outcome], rule: str, attack: str | None = None) -> Outcome:
-    """The run of a rule that ended worst, among all attacks or of one."""
+    """The run of a rule that ended worst, among all attacks or of one; worst of all is one that has no score."""
+
+    def goodness(o: Outcome) -> float:
+        if o.value is None or not math.isfinite(o.value):
+            return -math.inf
+        return o.value if o.direction == "max" else -o.value
+
     return min(
         (o for o in found if o.rule == rule and o.attack == (attack or o.attack) and (attack or o.attack != "none")),
-        key=lambda o: o.value if o.direction == "max" else -o.value,
+        key=goodness,
     )
 
 
@@ -114,13 +123,17 @@ def _line(attack: str, found: list[Outcome], names: list[str]) -> str:
     for rule in names:
         one = worst(found, rule, attack)
         opened = "" if one.success_rate is None else f", trigger opens {one.success_rate:.0%}"
-        cells.append(f"{one.value:.4f} (seed {one.seed}{opened})")
+        cells.append(f"{_shown(one)} (seed {one.seed}{opened})")
     return f"| {attack} | " + " | ".join(cells) + " |"
 
 
 def _worst_line(found: list[Outcome], names: list[str]) -> str:
     lows = [worst(found, rule) for rule in names if any(o.attack != "none" for o in found)]
-    return "| **worst** | " + " | ".join(f"**{o.value:.4f}** ({o.attack}, seed {o.seed})" for o in lows) + " |"
+    return "| **worst** | " + " | ".join(f"**{_shown(o)}** ({o.attack}, seed {o.seed})" for o in lows) + " |"
+
+
+def _shown(o: Outcome) -> str:
+    return "no score" if o.value is None else f"{o.value:.4f}"
 
 
 def draw(found: list[Outcome], names: list[str], path: Path, title: str) -> None:

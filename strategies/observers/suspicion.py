@@ -34,9 +34,9 @@ LIES = frozenset(
 reply says nothing of the node in whose name it came."""
 
 LEAST_DISTANCE = 1.5
-"""A far row is at least this many times the median norm away from the others: where colluders lend their numbers to one
-honest node by copying it, the others must not look far for being a norm or so apart from it.  A sign that is flipped
-among updates that agree is two norms away."""
+"""A far row is at least this many norms away from the others: where colluders lend their numbers to one honest node by
+copying it, the others must not look far for being a norm or so apart from it.  A sign that is flipped among updates
+that agree is two norms away."""
 
 IDLE = 1e-6
 """An update shorter than this share of the median norm cost no training.  Honest nodes with few rows of one class were
@@ -88,7 +88,8 @@ class Suspicion:
     `view.evidence` takes the place of a node's flag: exp of what an honest node gets must have a mean of at most 1.
 
     Lies always quarantine.  Other evidence quarantines max(num_byzantine, 1) nodes in all, the most suspect first, and
-    none that the round could not do without (`view.fits`): what is far may be honest, and then costs its data.
+    none that the round could not do without (`view.fits`): what is far may be honest, and then costs its data, and all
+    liars may still be among the others.
     """
 
     num_nodes: int
@@ -140,6 +141,10 @@ class Suspicion:
     def quarantined(self, state: Any) -> dict[str, str]:
         """Nodes that are asked no more, each with the evidence."""
         return {node: quarantine.evidence for node, quarantine in self._out(state).items()}
+
+    def caught_lying(self, state: Any) -> frozenset[str]:
+        """Those of the quarantined whose replies were lies: no honest node is among them by looking unusual."""
+        return frozenset(node for node, quarantine in self._out(state).items() if quarantine.by_lies)
 
     def _out(self, state: Any) -> dict[str, Quarantine]:
         kept = (state or {}).get("quarantined", {})
@@ -229,15 +234,22 @@ def distances(updates: Updates) -> Float64:
 
 
 def _far(distances_n: Float64, norms_n: Float64, *, factor: float, most: int) -> dict[int, Flag]:
-    """Rows among the `most` furthest that are beyond `factor` times the median row and `LEAST_DISTANCE` norms."""
-    middle = float(np.median(distances_n))
-    limit = max(factor * middle, LEAST_DISTANCE * float(np.median(norms_n)))
-    furthest = np.argsort(-distances_n, kind="stable")[:most]
+    """Rows among the `most` furthest that are beyond `factor` times the scale and `LEAST_DISTANCE` norms.
+
+    The scale is the (n - g)-th smallest value, of distances and of norms, for g liars (f, or a third where f is less):
+    who lies far away cannot raise it above what an honest row has, and who copies one honest row, so that it and its
+    copies look near, cannot lower it below what another honest row has.  That takes 2 g + 2 rows; with fewer nobody is
+    far.
+    """
+    n = len(distances_n)
+    g = max(most, (n - 1) // 3)
+    if n < 2 * g + 2:
+        return {}
+    scale, length = (float(np.sort(values)[n - g - 1]) for values in (distances_n, norms_n))
+    limit = max(factor * scale, LEAST_DISTANCE * length)
     return {
-        int(i): Flag(
-            f"median distance {distances_n[i]:.3g} to the other updates, that of the median node is {middle:.3g}"
-        )
-        for i in furthest
+        int(i): Flag(f"median distance {distances_n[i]:.3g} to the other updates, {n - g} nodes are within {scale:.3g}")
+        for i in np.argsort(-distances_n, kind="stable")[:most]
         if distances_n[i] > limit
     }
 

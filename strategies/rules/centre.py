@@ -7,15 +7,28 @@ and touch the rows only twice: once for the products, once for the answer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from strategies.rows import Float64, Updates, combine, products, require_rows, rows_of, squared_distances
+from strategies.rows import (
+    Float64,
+    Updates,
+    about_middle,
+    combine,
+    products,
+    require_rows,
+    rows_of,
+    single_threaded_blas,
+)
 from trellis.errors import ConfigError
 from trellis.types import Aggregated, RuleSpec
 
 State = Mapping[str, npt.NDArray[np.generic]]
+
+MAX_HALVINGS = 12
+"""Of a Newton step, which overshoots where many rows lie in one place."""
 
 
 def geometric_median(
@@ -23,49 +36,108 @@ def geometric_median(
     *,
     num_byzantine: int = 0,
     smoothing: float = 1e-6,
-    max_iterations: int = 1000,
-    tolerance: float = 1e-10,
+    max_iterations: int = 200,
+    tolerance: float = 1e-9,
     sketch_dim: int = 0,
     rng: np.random.Generator | None = None,
 ) -> Aggregated:
-    """argmin_z sum_i ||z - x_i|| by smoothed Weiszfeld from the mean, to convergence.  (n, d) -> (d,)
+    """argmin_z sum_i ||z - x_i||, to convergence.  (n, d) -> (d,)
 
-    Distances below `smoothing` times the median distance to the mean count as that (the paper's nu, in units of the
-    rows themselves); it stops when a step changes the sum by less than `tolerance` of it.  Needs n >= 2 f + 1, else
-    CohortTooSmall.  Pillutla et al., IEEE TSP 2022, Algorithm 2.  https://arxiv.org/abs/1912.13445
+    The paper's smoothed sum: distances below nu count as ||z - x||^2 / (2 nu) + nu / 2.  nu is `smoothing` times the
+    median distance of the middle row to the others, and a step of `tolerance` of that distance ends it; it starts at
+    the mean of the nearer half: f liars, however far, move none of these.  Needs n >= 2 f + 1, else CohortTooSmall.
+    Pillutla et al., IEEE TSP 2022, Section IV.  https://arxiv.org/abs/1912.13445
     """
     rows, f = rows_of(updates_nd), num_byzantine
     require_rows("geometric_median", rows, 2 * f + 1, f)
-    squared_nn = squared_distances(rows, sketch_dim=sketch_dim, rng=rng)
-    weights_n = weiszfeld(squared_nn, smoothing=smoothing, max_iterations=max_iterations, tolerance=tolerance)
+    about_nn, squared_nn = about_middle(rows, sketch_dim=sketch_dim, rng=rng)
+    medians = np.median(np.sqrt(squared_nn), axis=1)
+    middle, scale = int(np.argmin(medians)), float(medians.min())
+    half = np.argsort(squared_nn[middle], kind="stable")[: rows.num_rows // 2 + 1]
+    weights_n = np.bincount(half, minlength=rows.num_rows) / len(half)
+    if scale > 0:  # else most rows are in one place, and that is the median
+        with single_threaded_blas():
+            weights_n = minimised(
+                about_nn, weights_n, nu=smoothing * scale, least_step=tolerance * scale, max_iterations=max_iterations
+            )
     return Aggregated(combine(rows, weights_n), weights_n)
 
 
-def weiszfeld(squared_nn: Float64, *, smoothing: float, max_iterations: int, tolerance: float) -> Float64:
-    """Coefficients, adding up to 1, of the geometric median of points with these squared distances.  (n, n) -> (n,)"""
-    n = len(squared_nn)
-    weights = np.full(n, 1.0 / n)
-    distances = _to_combination(squared_nn, weights)
-    least = smoothing * float(np.median(distances))
-    if least == 0.0:  # most points are in one place: that is where the median is
-        nearest = distances <= 0.0
-        return np.where(nearest, 1.0 / nearest.sum(), 0.0) if nearest.any() else weights
-    before = np.inf
+def minimised(about_nn: Float64, weights: Float64, *, nu: float, least_step: float, max_iterations: int) -> Float64:
+    """Coefficients, adding up to 1, of the point with the least smoothed sum of distances.  (n, n), (n,) -> (n,)
+
+    Newton's steps where they help, else Weiszfeld's, which always does but converges like (f / (n - f))^k.  With
+    r_i = max(||z - x_i||, nu), v_i = (z - x_i) / r_i and s = sum 1 / r_i the gradient is V 1 and the Hessian
+    s I - V R^-1 V^T (without the rows nearer than nu), so both steps are combinations of z - x_i:
+    -V 1 / s, and by Woodbury -V (1 + (s R - K)^-1 K 1) / s with K = V^T V.
+    """
+    point = _Point.of(about_nn, weights, nu)
     for _ in range(max_iterations):
-        pull = 1.0 / np.maximum(distances, least)
-        weights = pull / pull.sum()
-        distances = _to_combination(squared_nn, weights)
-        total = float(np.maximum(distances, least).sum())
-        if before - total <= tolerance * total:
+        better = _step(about_nn, point, nu)
+        if not better.total < point.total:
             break
-        before = total
-    return weights
+        change = better.weights - point.weights
+        point = better
+        if change @ about_nn @ change <= least_step**2:
+            break
+    return point.weights
 
 
-def _to_combination(squared_nn: Float64, weights: Float64) -> Float64:
-    """||x_i - sum_j w_j x_j||, where the weights add up to 1.  (n, n), (n,) -> (n,)"""
-    to_each = squared_nn @ weights
-    return np.sqrt(np.maximum(to_each - weights @ to_each / 2, 0.0))
+def _step(about_nn: Float64, point: _Point, nu: float) -> _Point:
+    """Newton's step, halved until it does better than Weiszfeld's; else that one."""
+    sure, newton = _Point.of(about_nn, point.moved(point.weiszfeld()), nu), point.newton()
+    for halvings in range(MAX_HALVINGS):
+        bold = _Point.of(about_nn, point.moved(newton / 2**halvings), nu)
+        if bold.total < sure.total:
+            return bold
+    return sure
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A combination of rows, and how it lies to them."""
+
+    weights: Float64
+    between_nn: Float64
+    """(z - x_i) . (z - x_j)"""
+    radii: Float64
+    """r_i"""
+    total: float
+    """The smoothed sum of distances."""
+
+    @classmethod
+    def of(cls, about_nn: Float64, weights: Float64, nu: float) -> _Point:
+        along = about_nn @ weights
+        between = about_nn - along[:, None] - along[None, :] + weights @ along
+        distances = np.sqrt(np.maximum(between.diagonal(), 0.0))
+        total = np.where(distances < nu, distances**2 / (2 * nu) + nu / 2, distances).sum()
+        return cls(weights, between, np.maximum(distances, nu), float(total))
+
+    def weiszfeld(self) -> Float64:
+        """b of the step sum_i b_i (z - x_i)."""
+        pull = 1.0 / self.radii
+        step: Float64 = -pull / pull.sum()
+        return step
+
+    def newton(self) -> Float64:
+        """b of the step sum_i b_i (z - x_i)."""
+        r = self.radii
+        s = (1.0 / r).sum()
+        k = self.between_nn / (r[:, None] * r[None, :])
+        gradient = k.sum(axis=1)
+        curved = k.diagonal() > 1.0 - 1e-9  # not nearer than nu: there the sum is a plain square
+        bent = k * curved[:, None] * curved[None, :]
+        try:
+            more = np.linalg.solve(np.diag(s * r) - bent, gradient * curved)
+        except np.linalg.LinAlgError:
+            more = np.zeros_like(r)
+        step: Float64 = -(1.0 + more * curved) / (s * r)
+        return step
+
+    def moved(self, b: Float64) -> Float64:
+        """The weights after the step."""
+        after: Float64 = self.weights * (1.0 + b.sum()) - b
+        return after
 
 
 def centered_clipping(

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from strategies.rows import Float64, Rows, Updates, combine, products, require_rows, rows_of, squared_norms
+from strategies.rows import (
+    Float64,
+    Rows,
+    Updates,
+    combine,
+    products,
+    require_rows,
+    rows_of,
+    single_threaded_blas,
+    squared_norms,
+)
 from trellis.errors import ConfigError
 from trellis.types import Aggregated, RuleSpec
 
@@ -65,7 +75,8 @@ def _spectral_scores(rows: Rows, rng: np.random.Generator, sample_dim: int) -> F
     view = Rows(rows.updates_nd[:, chosen], rows.mix, rows.device)
     wide = view.materialised().astype(np.float64)
     wide -= wide.mean(axis=0)
-    values, vectors = np.linalg.eigh(wide @ wide.T)
+    with single_threaded_blas():
+        values, vectors = np.linalg.eigh(wide @ wide.T)
     scores: Float64 = values[-1] * vectors[:, -1] ** 2
     return scores
 

@@ -32,13 +32,14 @@ def multi_krum(
 ) -> Aggregated:
     """Mean of the m rows with the best Krum scores, m = `num_selected` or n - f.  (n, d) -> (d,)
 
-    Needs n >= 2 f + 3, else CohortTooSmall; m <= n - f, else ConfigError.  Blanchard et al., NeurIPS 2017, Section 4.
+    Needs n >= 2 f + 3, else CohortTooSmall.  Where fewer rows came, m is n - f at most.
+    Blanchard et al., NeurIPS 2017, Section 4.
     """
     rows, f = rows_of(updates_nd), num_byzantine
     n = require_rows("krum", rows, 2 * f + 3, f)
-    m = n - f if num_selected is None else num_selected
-    if not 1 <= m <= n - f:
-        raise ConfigError(f"multi_krum: num_selected is {m}; with {n} rows and num_byzantine={f} it is 1 to {n - f}")
+    m = n - f if num_selected is None else min(num_selected, n - f)
+    if m < 1:
+        raise ConfigError(f"multi_krum: num_selected is {num_selected}; it must be at least 1")
     squared_nn = squared_distances(rows, sketch_dim=sketch_dim, rng=rng)
     weights_n = np.zeros(n)
     weights_n[_by_score(squared_nn, n - f - 2)[:m]] = 1.0 / m

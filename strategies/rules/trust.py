@@ -25,6 +25,10 @@ State = Mapping[str, npt.NDArray[np.generic]]
 
 MAX_HISTORY = 1 << 16
 """Longer histories are kept as count sketches of so many entries: cosines are then good to about 0.004."""
+MAX_ABSENT = 100
+"""Rounds after which the history of a node that does not come is forgotten."""
+HISTORY, ABSENT, SEED = "history/", "absent/", "seed"
+"""Keys of FoolsGold's state; a node's name stands behind the first two."""
 
 
 def fltrust(updates_nd: Updates, *, num_byzantine: int = 0, reference_d: npt.NDArray[np.floating]) -> Aggregated:
@@ -57,38 +61,45 @@ def foolsgold(
     num_byzantine: int = 0,
     names: Sequence[tuple[str, ...]],
     state: State | None = None,
+    rng: np.random.Generator | None = None,
 ) -> Aggregated:
     """Rows whose histories point the same way count less: sybils with one goal give themselves away.  (n, d) -> (d,)
 
     A history is the sum of a node's updates, by name.  v_i is the largest cosine of i's history to another's; a row
     that is less alike than its twin is pardoned (scaled by v_i / v_j); weights are logit(1 - v) + 0.5, cut to [0, 1],
-    and divided by their sum.  Honest nodes with equal data look like sybils: where nodes are alike it does harm.
-    Needs n >= 2, else CohortTooSmall.  Fung et al., RAID 2020, Algorithm 1.  https://arxiv.org/abs/1808.04866
+    and divided by their sum.  Honest nodes with equal data look like sybils: where nodes are alike it does harm, and
+    who copies a node silences it.  Needs n >= 2, else CohortTooSmall.  Histories are forgotten after MAX_ABSENT rounds
+    without their node.  Fung et al., RAID 2020, Algorithm 1.  https://arxiv.org/abs/1808.04866
     """
     rows = rows_of(updates_nd)
     require_rows("foolsgold", rows, max(2, num_byzantine + 1), num_byzantine)
-    kept = {**(state or {}), **_histories(rows, names, state or {})}
-    own = np.stack([kept[_key(members)] for members in names]).astype(np.float32)
+    kept = _remembered(rows, ["+".join(members) for members in names], state or {}, rng or np.random.default_rng(0))
+    own = np.stack([kept[HISTORY + "+".join(members)] for members in names]).astype(np.float32)
     weights_n = _foolsgold_weights(_cosines(products(own)))
     total = weights_n.sum()
     weights_n = weights_n / total if total > 0 else weights_n
     return Aggregated(combine(rows, weights_n), weights_n, state=kept)
 
 
-def _histories(rows: Rows, names: Sequence[tuple[str, ...]], state: State) -> dict[str, npt.NDArray[np.float32]]:
-    """Each row's history with its update added.  A fixed seed: histories of all rounds are sketched alike."""
-    short = rows
-    if rows.shape[1] > MAX_HISTORY:
-        short = sketch(rows, sketch_dim=MAX_HISTORY, rng=np.random.default_rng(0))
+def _remembered(
+    rows: Rows, names: Sequence[str], state: State, rng: np.random.Generator
+) -> dict[str, npt.NDArray[np.generic]]:
+    """The state after this round: each row's history with its update added, those of absent nodes as they were."""
+    # one sketch for all rounds, and one that no node can foresee
+    seed = state.get(SEED, np.asarray(rng.integers(1 << 62)))
+    long = rows.shape[1] > MAX_HISTORY
+    short = sketch(rows, sketch_dim=MAX_HISTORY, rng=np.random.default_rng(int(seed))) if long else rows
     new = short.materialised()
-    return {
-        _key(members): new[i] + state[_key(members)].astype(np.float32) if _key(members) in state else new[i]
-        for i, members in enumerate(names)
-    }
-
-
-def _key(members: tuple[str, ...]) -> str:
-    return "+".join(members)
+    kept: dict[str, npt.NDArray[np.generic]] = {SEED: seed}
+    for key, history in state.items():
+        name = key.removeprefix(HISTORY)
+        absent = int(state.get(ABSENT + name, 0)) + 1
+        if key.startswith(HISTORY) and name not in names and absent <= MAX_ABSENT:
+            kept |= {key: history, ABSENT + name: np.asarray(absent)}
+    for i, name in enumerate(names):
+        before = state.get(HISTORY + name)
+        kept[HISTORY + name] = new[i] if before is None else new[i] + before.astype(np.float32)
+    return kept
 
 
 def _cosines(about_nn: Float64) -> Float64:
@@ -116,4 +127,4 @@ def _foolsgold_weights(cosines_nn: Float64) -> Float64:
 
 
 FLTRUST = RuleSpec("fltrust", fltrust, lambda f: f + 1, needs=("reference_d",))
-FOOLSGOLD = RuleSpec("foolsgold", foolsgold, lambda f: max(2, f + 1), needs=("names", "state"))
+FOOLSGOLD = RuleSpec("foolsgold", foolsgold, lambda f: max(2, f + 1), needs=("names", "state", "rng"))

@@ -277,6 +277,27 @@ def test_the_tailored_lie_is_the_furthest_that_a_selecting_rule_takes() -> None:
     assert not taken(mu_d + 1.01 * (lie_d - mu_d))
 
 
+@pytest.mark.parametrize("name", ["multi_krum", "cge", "flame", "dnc", "median", "robust"])
+def test_no_other_gamma_does_more_harm_than_the_tailored_one(name: str) -> None:
+    updates_hd = honest(h=8, d=50)
+    line = Pipeline(rule(name))
+
+    def aggregate(x_nd: Any) -> Any:
+        return line(x_nd, num_byzantine=2, offers={"rng": lambda: np.random.default_rng(0)})
+
+    at = view(updates_hd, aggregate=aggregate)
+    mu_d = at.mean()
+
+    def harm(lie_d: Any) -> float:
+        answer = aggregate(np.vstack([updates_hd, lie_d, lie_d]).astype(np.float32))
+        return float(np.linalg.norm(answer.update_d - mu_d))
+
+    away = attacks.min_max(at) - mu_d
+    found = harm(attacks.agr_tailored(at))
+    # steps of a rule's choice lie between the searched places: a tenth may be lost
+    assert found >= 0.9 * max(harm(mu_d + gamma * away) for gamma in np.linspace(0, 10, 201))
+
+
 def test_where_no_row_is_selected_the_tailored_lie_moves_the_aggregate_the_furthest() -> None:
     updates_hd = honest(h=8, d=50)
     line = Pipeline(rule("trimmed_mean"))

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from scipy.optimize import minimize
 
 from conf.load import choices, load
 from experiments.benchmarks import peers
@@ -199,7 +200,18 @@ def test_foolsgold_remembers_nodes_by_name_not_by_row() -> None:
     assert first.state is not None
     second = full("foolsgold", np.eye(3, dtype=np.float32)[:2], names=[("c",), ("a",)], state=first.state)
     assert second.state is not None
-    assert {k: v.tolist() for k, v in second.state.items()} == {"a": [1, 1, 0], "b": [0, 1, 0], "c": [1, 0, 1]}
+    histories = {k: v.tolist() for k, v in second.state.items() if k.startswith("history/")}
+    assert histories == {"history/a": [1, 1, 0], "history/b": [0, 1, 0], "history/c": [1, 0, 1]}
+
+
+def test_foolsgold_forgets_a_node_that_never_comes_back() -> None:
+    state = full("foolsgold", np.eye(3, dtype=np.float32), names=[("a",), ("b",), ("c",)]).state
+    for round_ in range(101):
+        assert state is not None
+        assert ("history/c" in state) == (round_ <= 100)
+        state = full("foolsgold", np.eye(3, dtype=np.float32)[:2], names=[("a",), ("b",)], state=state).state
+    assert state is not None
+    assert not [key for key in state if key.endswith("/c")]
 
 
 def test_long_histories_are_kept_short() -> None:
@@ -208,7 +220,8 @@ def test_long_histories_are_kept_short() -> None:
     wide = rows(3, MAX_HISTORY + 5)
     state = full("foolsgold", wide).state
     assert state is not None
-    assert {v.shape for v in state.values()} == {(MAX_HISTORY,)}
+    assert {v.shape for k, v in state.items() if k.startswith("history/")} == {(MAX_HISTORY,)}
+    assert state["seed"] == full("foolsgold", wide, state=state).state["seed"], "one sketch for all rounds"  # type: ignore[index]
 
 
 def test_dnc_drops_the_rows_along_the_first_singular_direction() -> None:
@@ -401,7 +414,7 @@ def adversarial(rng: np.random.Generator, n: int, f: int, d: int) -> Array:
         np.tile(centre - 1.5 * deviation, (f, 1)),
         np.tile(-rng.choice([0.1, 1, 10]) * centre, (f, 1)),
         np.tile(honest[rng.integers(n - f)], (f, 1)),
-        np.tile(centre + rng.choice([1, 3, 10, 1e3]) * spread * rng.choice([-1, 1], d), (f, 1)),
+        np.tile(centre + rng.choice([1, 3, 10, 1e3, 1e8]) * spread * rng.choice([-1, 1], d), (f, 1)),
         centre + spread * rng.standard_t(1, (f, d)),
         honest[:1] + rng.normal(0, 1e-3 * spread, (f, d)),
     ]
@@ -428,7 +441,8 @@ def violation(found: Array, updates: Array, f: int, kappa: float) -> float:
     means = chosen.mean(1)
     variances = ((chosen - means[:, None]) ** 2).sum(-1).mean(1)
     errors = ((found.astype(np.float64) - means) ** 2).sum(-1)
-    rounding = 1e-9 * (wide**2).sum(-1).max()
+    # of float32, beside the rows of the subset: a liar's size excuses nothing
+    rounding = 1e-11 * (chosen**2).sum(-1).max(-1)
     return float((errors / (kappa * variances + rounding)).max())
 
 
@@ -451,6 +465,25 @@ def test_the_error_is_at_most_kappa_times_the_spread_of_any_honest_subset(name: 
             kappa = each.kappa(kappa, n, f)
         found = line(updates, num_byzantine=f, offers=offers).update_d
         assert violation(found, updates, f, kappa) <= 1.0
+
+
+@pytest.mark.parametrize(("n", "f"), [(9, 3), (101, 50), (201, 100)])
+@pytest.mark.parametrize(("spread", "far"), [(1e-5, 1e3), (1e-2, 1e6), (1.0, 3.0)])
+def test_the_geometric_median_converges_wherever_the_liars_are(n: int, f: int, spread: float, far: float) -> None:
+    rng = np.random.default_rng(0)
+    honest = rng.normal(0, spread, (n - f, 8))
+    updates = np.concatenate([np.tile(rng.normal(0, far, 8), (f, 1)), honest]).astype(np.float32)
+    wide = updates.astype(np.float64)
+    found = call("geometric_median", updates, f).astype(np.float64)
+    honest_mean = wide[f:].mean(0)
+    kappa = rules.get("geometric_median").kappa
+    assert kappa is not None
+    assert ((found - honest_mean) ** 2).sum() <= kappa(n, f) * ((wide[f:] - honest_mean) ** 2).sum(1).mean()
+
+    def total(z_d: npt.NDArray[np.float64]) -> float:
+        return float(np.linalg.norm(wide - z_d, axis=1).sum())
+
+    assert minimize(total, found).fun >= total(found) * (1 - 1e-6), "nothing near is better"
 
 
 def test_the_inequality_can_be_violated() -> None:
@@ -608,6 +641,9 @@ def test_buckets_count_when_rows_do() -> None:
     [
         (["rule.name=mode"], r"no rule 'mode'; choose one of: bulyan, .*trimmed_mean"),
         (["rule=multi_krum", "num_byzantine=2", "rule.options.num_selected=9"], r"with 10 rows and num_byzantine=2"),
+        (["rule=multi_krum", "rule.options.num_selected=0"], r"num_selected is 0; it must be at least 1"),
+        (["rule=foolsgold", "preaggregator=nnm"], r"behind nnm a row is several nodes'"),
+        (["rule.weighted=true", "preaggregator=bucketing"], r"\(weighted\), and behind bucketing"),
         (["rule=multi_krum", "rule.options.num_selected=two"], r"options of multi_krum cannot be used"),
         (["rule=dnc", "rule.options.iterations=0"], r"must be above 0"),
         (["rule=centered_clipping", "rule.options.radius=-1"], r"must be above 0"),

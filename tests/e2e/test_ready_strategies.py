@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from strategies import mean, multi_krum, ready, robust, rules, trimmed_mean
 from strategies.flower import RoundStrategy
 from trellis import wire
 from trellis.errors import ConfigError
+from trellis.types import NodeInfo
 
 STOCK_APP = Path(__file__).parent / "stock_app"
 
@@ -67,6 +68,34 @@ def test_every_ready_strategy_survives_two_liars_of_eleven_where_fedavg_does_not
     assert np.abs(found - 1.06).max() < 0.3
     theirs = FedAvg(fraction_evaluate=0, min_available_nodes=11).start(LocalGrid(liars(2), 11), START, num_rounds=1)
     assert theirs.arrays["w"].numpy().min() > 50
+
+
+def test_a_node_that_leaves_does_not_hold_up_the_others_for_ever() -> None:
+    class Leaving(LocalGrid):
+        """Of five nodes one is gone after the first round."""
+
+        def get_node_ids(self) -> Iterable[int]:
+            ids = list(super().get_node_ids())
+            return ids[:4] if self.asked else ids
+
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            self.asked = True
+            return super().push_messages(messages)
+
+    grid = Leaving(liars(1), 5)
+    grid.asked = False
+    closed: list[bool] = []
+    strategy = trimmed_mean(num_byzantine=2)
+    strategy.commit = lambda state, record: closed.append(record.closed is not None)
+    strategy.start(grid, START, num_rounds=3, timeout=60)
+    assert closed[:3] == [False, True, True]
+    assert grid.clock.now() < 4 * 60 + 10, "it waited the timeout, in virtual time, and went on"
+
+
+def test_a_fraction_waits_for_as_many_as_its_cohorts_need() -> None:
+    strategy = trimmed_mean(num_byzantine=2, fraction=0.5)
+    nodes = [NodeInfo(str(i), i) for i in range(10)]
+    assert [strategy._enough(nodes[:n]) for n in (5, 8, 9, 10)] == [False, False, True, True]
 
 
 def test_options_of_the_rule_are_keywords_and_preaggregators_names() -> None:

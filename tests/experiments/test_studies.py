@@ -128,15 +128,23 @@ def test_a_search_on_some_coordinates_sends_all_of_them() -> None:
     aggregator = mnist.Aggregator(byzfl_heatmap.RECIPE, 2)
     columns = np.arange(0, 500, 5)
     for attack in byzfl_heatmap.ATTACKS.values():
-        rows_nd = byzfl_heatmap.Attackers(attack, 2, aggregator, columns)(honest_hd, 1)
+        rows_nd = byzfl_heatmap.Attackers(attack, byzfl_heatmap.published, 2, aggregator, columns)(honest_hd, 1)
         assert rows_nd.shape == (10, 500)
         np.testing.assert_array_equal(rows_nd[:8], honest_hd)
         np.testing.assert_array_equal(rows_nd[8], rows_nd[9])
 
 
+def test_the_published_search_never_steps_back_and_the_thorough_one_does() -> None:
+    def hill(at: float) -> float:
+        return -((at - 23.0) ** 2)
+
+    assert byzfl_heatmap.published(hill) == 30.0  # 0, 10, 30; 70 is worse, and so is every place beyond 30
+    assert byzfl_heatmap.thorough(hill) == pytest.approx(23.0, abs=0.5)
+
+
 def test_liars_of_min_max_hide_among_the_honest() -> None:
     honest_hd = np.random.default_rng(0).standard_normal((8, 50)).astype(np.float32)
-    rows_nd = min_max_100.min_max(honest_hd, 1)
+    rows_nd = min_max_100.lied("min_max", honest_hd, 1)
     assert len(rows_nd) == 10
     apart = np.linalg.norm(honest_hd[:, None] - honest_hd[None], axis=2).max()
     assert np.linalg.norm(honest_hd - rows_nd[-1], axis=1).max() == pytest.approx(apart, rel=1e-4)
@@ -157,13 +165,13 @@ def _heatmap(attack: str, train: Digits) -> Iterator[Vector]:
     owners = mnist.by_similarity(train.labels, 10, 0.33, np.random.default_rng(0))
     parts = [train.taken(np.flatnonzero(owners == k)) for k in range(10)]
     model = mnist.cnn(0, (2, 3), 8)
-    return byzfl_heatmap.trained(model, parts, byzfl_heatmap.RECIPE, 2, attack, num_steps=3, seed=0)
+    return byzfl_heatmap.trained(model, parts, byzfl_heatmap.RECIPE, 2, attack, "thorough", num_steps=3, seed=0)
 
 
 STUDIES: dict[str, Study] = {
     **{f"heatmap {attack}": partial(_heatmap, attack) for attack in byzfl_heatmap.ATTACKS},
-    "min_max": lambda train: min_max_100.trained(train, "robust", num_rounds=3, seed=0, num_nodes=10),
-    "no_attack": lambda train: no_attack.trained(train, "robust", 5, num_steps=3, seed=0),
+    "min_max": lambda train: min_max_100.trained(train, "robust", "min_max", num_rounds=3, seed=0, num_nodes=10),
+    "no_attack": lambda train: no_attack.trained(train, no_attack.Choice("robust", 5), num_steps=3, seed=0),
     "label_flip": lambda train: label_flip.trained(mnist.cnn(0, (2, 3), 8), train, "robust", num_rounds=3, seed=0),
 }
 

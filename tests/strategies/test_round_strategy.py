@@ -15,9 +15,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from experiments.engines.local import LocalGrid
-from strategies import samplers, server_optimizers
+from strategies import rules, samplers, server_optimizers
 from strategies.exchange import PlainExchange, StoppedClock, WallClock, door
-from strategies.flower import RoundStrategy
+from strategies.flower import RoundStrategy, fresh_secret
 from strategies.records import Scoring
 from strategies.rows import Rows
 from trellis import wire
@@ -202,6 +202,50 @@ def test_a_rule_that_needs_more_rows_closes_the_round() -> None:
     assert "4 good replies, 5 are needed" in record.closed
     assert "hungry" in record.closed
     assert play(LocalGrid(node_app(), 5), rule=hungry, num_byzantine=1)[1].closed is None
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), ZeroDivisionError(), np.linalg.LinAlgError("singular")])
+def test_rows_that_a_rule_cannot_digest_close_the_round_and_not_the_run(error: Exception) -> None:
+    def choking(updates_nd: Any, **_: Any) -> Any:
+        raise error
+
+    rule = RuleSpec("choking", choking, min_rows=lambda f: 1)
+    state, record = play(LocalGrid(node_app(), 3), rule=rule)
+    assert f"rule=choking failed: {type(error).__name__}" in str(record.closed)
+    assert digest(state.params) == digest(BASE)
+
+
+def test_a_dropout_does_not_end_a_run_that_selects_a_number_of_rows() -> None:
+    options: dict[str, Any] = {"rule": rules.get("multi_krum"), "rule_options": {"num_selected": 5}, "num_byzantine": 1}
+    _, record = play(LocalGrid(node_app(), 6), **options)
+    assert sum(w > 0 for w in record.weights.values()) == 5
+    _, record = play(LocalGrid(node_app(raises=[2]), 6), **options)
+    assert record.closed is None
+    assert sum(w > 0 for w in record.weights.values()) == 4
+
+
+def test_what_a_rule_draws_follows_from_the_seed_and_the_servers_secret() -> None:
+    drawn: list[float] = []
+
+    def drawing(updates_nd: Any, *, rng: np.random.Generator, **_: Any) -> Any:
+        drawn.append(rng.random())
+        return updates_nd[0]
+
+    rule = RuleSpec("drawing", drawing, min_rows=lambda f: 1, needs=("rng",))
+    for secret in ("", "", "a", "b"):
+        play(LocalGrid(node_app(), 2), replace(START, secret=secret), rule=rule)
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) == 3
+
+
+def test_a_run_has_a_secret_of_its_own_where_it_is_not_simulated() -> None:
+    class Deployed:
+        """A Grid that keeps no time of its own."""
+
+    assert fresh_secret(LocalGrid(node_app(), 1)) == ""
+    first, second = (fresh_secret(Deployed()) for _ in range(2))  # type: ignore[arg-type]
+    assert len(first) == 64
+    assert first != second
 
 
 def test_a_round_that_nobody_can_be_asked_in_closes() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,24 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from experiments.engines.local import LocalGrid
+from strategies import rules, samplers
 from strategies.exchange import PlainExchange
 from strategies.flower import RoundStrategy
 from strategies.observers.suspicion import LIES, Suspicion, distances
 from trellis import wire
 from trellis.types import (
     REFUSALS,
+    Collected,
     NodeInfo,
     Refusal,
+    Request,
     Role,
     RoundRecord,
     RoundView,
     Row,
     RuleSpec,
     ServerState,
+    Update,
 )
 
 FLAGGED, UNFLAGGED = math.log(0.9 / 0.05), math.log(0.1 / 0.95)
@@ -167,7 +171,7 @@ def test_distances_by_hand() -> None:
     assert distances(np.append(rows, [[17.0]], 0).astype(np.float32)).tolist() == [3.0, 2.0, 3.0, 7.0, 14.0]
 
 
-@pytest.mark.parametrize(("num_nodes", "num_liars"), [(3, 1), (5, 2), (6, 2), (10, 4), (11, 5)])
+@pytest.mark.parametrize(("num_nodes", "num_liars"), [(4, 1), (6, 2), (10, 2), (10, 4), (12, 5)])
 def test_colluders_at_one_far_point_are_flagged_and_no_honest_node_is(num_nodes: int, num_liars: int) -> None:
     updates = alike(num_nodes) | dict.fromkeys(names(num_nodes)[-num_liars:], np.full(50, 40.0))
     assert flagged(seen(updates), num_byzantine=num_liars) == sorted(names(num_nodes)[-num_liars:])
@@ -461,11 +465,64 @@ def test_nobody_far_is_quarantined_whom_the_rule_needs() -> None:
         return np.full(3, 1000.0 if index == 4 else 1 + index / 100)
 
     options: dict[str, Any] = {"exchange": PlainExchange(native=False, timeout_s=60.0, max_update_norm=1e6)}
+    _, records = play(LocalGrid(node_app(step), 6), rounds=6, rule=hungry([]), num_byzantine=1, **options)
+    assert list(records[4].quarantined) == ["node-4"]
     _, records = play(LocalGrid(node_app(step), 5), rounds=6, rule=hungry([]), num_byzantine=1, **options)
-    assert list(records[4].quarantined) == ["node-4"], "four nodes are enough for a rule that need tolerate none"
-    _, records = play(LocalGrid(node_app(step), 5), rounds=6, min_replies=5, **options)
+    assert records[5].quarantined == {}, "node-4 may be honest, and four nodes are too few to survive a liar"
+    _, records = play(LocalGrid(node_app(step), 6), rounds=6, min_replies=6, **options)
     assert records[5].quarantined == {}
     assert records[5].suspicion["node-4"] == pytest.approx(6 * FLAGGED)
+
+
+class Scripted:
+    """An exchange in which rows are what a function of the asked names says."""
+
+    def __init__(self, rows: Callable[[list[str]], Any]) -> None:
+        self._rows = rows
+
+    def collect(self, request: Request, cohort: Sequence[NodeInfo], ask: Any, *, base: Any) -> Collected:
+        asked = sorted(node.name for node in cohort)
+        updates_nd = np.asarray(self._rows(asked), np.float32)
+        rows = tuple(Row((name,), update_d) for name, update_d in zip(asked, updates_nd, strict=True))
+        updates = tuple(Update(name, None, 1, {}) for name in asked)
+        return Collected(updates_nd, rows, updates, (), 0, 0, {})
+
+
+@pytest.mark.parametrize(("num_nodes", "num_liars"), [(5, 2), (6, 2), (7, 2), (9, 4), (10, 4), (13, 4)])
+@pytest.mark.parametrize("rule", ["robust", "trimmed_mean", "geometric_median"])
+def test_liars_cannot_frame_their_way_to_a_majority(rule: str, num_nodes: int, num_liars: int) -> None:
+    # they copy the shortest honest update, so that all longer ones look far; once they are half they strike
+    liars, rng = set(names(num_nodes)[-num_liars:]), np.random.default_rng(0)
+    honest = {name: rng.normal(size=20) * (0.01 if i == 0 else 1.0) for i, name in enumerate(names(num_nodes))}
+
+    def rows(asked: list[str]) -> list[Any]:
+        strike = 2 * len(liars.intersection(asked)) >= len(asked)
+        lie = np.full(20, 200.0) if strike else honest["node-0"]
+        return [lie if name in liars else honest[name] for name in asked]
+
+    suspicious = Suspicion(num_nodes=num_nodes, num_byzantine=num_liars, outlier_factor=3.0)
+    strategy = RoundStrategy(
+        rule=rules.get(rule), num_byzantine=num_liars, exchange=Scripted(rows), suspicion=suspicious
+    )
+    state = ServerState(run="r", round=0, params={"w": np.zeros(20, np.float32)})
+    nodes = [NodeInfo(name, i) for i, name in enumerate(names(num_nodes))]
+    for _ in range(30):
+        state, record = strategy.round(state, nodes, lambda messages, timeout_s: iter(()))
+        assert record.aggregate_norm < 10
+        assert len(record.asked) > 2 * num_liars
+
+
+def test_liars_who_sacrifice_themselves_leave_the_others_no_freer_where_cohorts_are_drawn() -> None:
+    # four of twenty are caught lying; a cohort of four may hold two of the others all the same
+    lying_first = detector(num_nodes=20, num_byzantine=2)
+    state = {"quarantined": {f"node-{i}": {"round": 1, "evidence": "", "by_lies": True} for i in range(4)}, "cases": {}}
+    nodes = [NodeInfo(name, i) for i, name in enumerate(names(20))]
+    before = ServerState(run="r", round=0, params=BASE, observers={"suspicion": state})
+    for sampler, tolerated in ((samplers.everyone, 0), (samplers.uniform(fraction=0.25), 2)):
+        strategy = RoundStrategy(
+            rule=rules.get("trimmed_mean"), num_byzantine=2, suspicion=lying_first, sampler=sampler
+        )
+        assert strategy._tolerated(1, strategy._num_caught(before, nodes)) == tolerated
 
 
 def test_flowers_own_entry_point_watches_nodes_by_their_ids() -> None:
