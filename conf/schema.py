@@ -295,7 +295,7 @@ class SuspicionConfig:
     """Rounds that `alpha` is for."""
     honest_flag_rate: float = 0.05
     liar_flag_rate: float = 0.9
-    outlier_factor: float = 10.0
+    outlier_factor: float = 15.0
     """A row is flagged when its median distance to the others is this many times what the nearer rows have."""
     released: list[str] = field(default_factory=list)
     """Nodes that an operator lets in again: their evidence is forgotten and they are never quarantined."""

@@ -84,7 +84,9 @@ def arc_kappa(kappa: float, n: int, f: int) -> float:
 def _clipped(rows: Rows, norms: Any, most: float) -> Rows:
     if (norms <= most).all():
         return rows
-    return rows.combined(np.diag(np.where(norms > most, most / np.maximum(norms, most), 1.0)))
+    return rows.combined(
+        np.diag(np.where(norms > most, most / np.maximum(norms, max(most, np.finfo(np.float64).tiny)), 1.0))
+    )
 
 
 def _like(given: Any, rows: Rows) -> Any:

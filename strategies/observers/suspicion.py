@@ -100,7 +100,7 @@ class Suspicion:
     """q_h"""
     liar_flag_rate: float = 0.9
     """q_b"""
-    outlier_factor: float = 10.0
+    outlier_factor: float = 15.0
     released: frozenset[str] = frozenset()
     """Nodes let in again: no evidence is kept of them."""
 

@@ -382,11 +382,12 @@ LIES = (
 )  # fmt: skip
 
 
+@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize("lie", LIES)
 @pytest.mark.parametrize("rule", [name for name in rules.RULES if name != "mean"])
-def test_a_malformed_reply_costs_its_sender_the_round_under_every_rule(rule: str, lie: str) -> None:
+def test_a_malformed_reply_costs_its_sender_the_round_under_every_rule(rule: str, lie: str, native: bool) -> None:
     told, reason, _ = TABLE[lie]
-    exam(Federation(True, told, rule=rule, num_nodes=9), reason)
+    exam(Federation(native, told, rule=rule, num_nodes=9), reason)
 
 
 @pytest.mark.parametrize("rule", [name for name in rules.RULES if name != "mean"])
