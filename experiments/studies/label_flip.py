@@ -9,8 +9,8 @@ alike and honest nodes do not.
 As published: 10 nodes, flwr-datasets' balanced Dirichlet(0.1), nodes 3, 5 and 7 call classes 0, 1, 3 .. 8 a 2; a CNN
 16-32-128 (80,202 params), SGD 0.01 with momentum 0.9, batch 32, one epoch, 40 rounds.
 Different: MNIST without augmentation, fewer rows, unweighted rules, tested on rows of the test set.
-All rules start from the same params on the same partition and batches.  Exit code 1: robust ends below the mean, in the
-mean over seeds.
+All rules start from the same params on the same partition and batches.  Exit code 1: robust is not above the mean,
+after the last round and over the last ten, in the mean over seeds.  Half an hour; `--seeds 0 1 2` for a look.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def accuracies(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=["mean", "median", "multi_krum", "robust"], help="mean first")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(10)))
     parser.add_argument("--rows", type=int, default=6000, help="60,000 less a fifth in the publication")
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--beta", type=float, default=0.0, help="worker momentum; none in the publication")
