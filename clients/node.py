@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -14,16 +15,17 @@ from clients.identity import Identity
 from clients.policy import consent, consent_to_rows, task_of
 from clients.store import NodeStore, store_of
 from conf.schema import NodeTask, from_json, to_json
-from sectors import training
-from sectors.base import SPLITS, NodeData, Place, Sector, num_rows, place_of
+from sectors import schema, training
+from sectors.base import SPLITS, NodeData, Place, Rows, Sector, num_rows, place_of
 from sectors.params import initial_arrays
+from sectors.training import Trained
 from trellis import canonical, wire
-from trellis.errors import PolicyRefusal, WireError
+from trellis.errors import DataError, PolicyRefusal, WireError
 from trellis.types import Purpose, Request
 from trellis.vectors import Arrays, Layout, digest
 
-EVALUATED = {"validation", "test"}
-"""Splits a request may ask about."""
+EVALUATED = {"evaluate": {"validation", "test", "test_tuned"}, "train": {"validation", "test"}, "statistics": {"train"}}
+"""Splits a request of each purpose may ask about."""
 
 
 def train(message: Message, context: Context) -> RecordDict:
@@ -35,14 +37,14 @@ def train(message: Message, context: Context) -> RecordDict:
     consent_to_rows(node.spec, used)
     shared, base_digest = _received(message, request, "train")
     store = store_of(node)
-    base = with_local(sector, task, shared, store, base_digest)
+    run = request.run if request else None
+    base = with_local(sector, task, shared, store, base_digest, run)
     round_ = request.round if request else _round(message)
-    seed = canonical.seed_for(task.seed, "train", round_, node.spec.name)
-    trained = training.train(sector, task.training, base, data.train, seed=seed, device=task.device)
+    trained = trained_on(task, base, data.train, round=round_, name=node.spec.name)
     splits = request.splits if request else ("validation",)
     counts = {s: training.evaluate(sector, base, data.split(s), device=task.device) for s in splits}
     if store is not None and set(base) != set(shared):
-        store.commit(base_digest, {k: v for k, v in trained.arrays.items() if sector.is_local(k)})
+        store.commit(base_digest, {k: v for k, v in trained.arrays.items() if sector.is_local(k)}, run=run)
     return wire.reply_content(
         request=request,
         arrays=_reply_arrays(request, shared, trained.arrays),
@@ -52,17 +54,50 @@ def train(message: Message, context: Context) -> RecordDict:
     )
 
 
+def trained_on(task: NodeTask, base: Arrays, rows: Rows, *, round: int, name: str) -> Trained:
+    """A node's training of a round: what it does to `base` follows from the task, the round and the node's name."""
+    seed = canonical.seed_for(task.seed, "train", round, name)
+    mu = task.proximal_mu
+    return training.train(sector_of(task), task.training, base, rows, seed=seed, device=task.device, proximal_mu=mu)
+
+
+def tuned_on(task: NodeTask, base: Arrays, rows: Rows, *, name: str) -> Arrays:
+    """`base` fine-tuned on a node's own rows; it never leaves the node."""
+    lr = task.training.lr if task.fine_tune_lr is None else task.fine_tune_lr
+    config = replace(task.training, epochs=task.fine_tune_epochs, lr=lr)
+    seed = canonical.seed_for(task.seed, "tune", name)
+    return training.train(sector_of(task), config, base, rows, seed=seed, device=task.device).arrays
+
+
+def statistics(message: Message, context: Context) -> RecordDict:
+    """Additive statistics of this node's training rows: what a scaler or a vocabulary is made of."""
+    node, task = identity.of(context), task_of(message)
+    request = wire.read_request(message)
+    _received(message, request, "statistics")
+    sector, data = sector_of(task), data_of(node, task)
+    counts = {"train": sector.all_statistics(data.train)}
+    rows = num_rows(data.train)
+    return wire.reply_content(request=request, arrays=None, num_examples=rows, metrics={}, counts=counts)
+
+
 def evaluate(message: Message, context: Context) -> RecordDict:
     """Counts of the params received, on the splits the request names."""
     node, task = identity.of(context), task_of(message)
     request = wire.read_request(message)
+    if request is not None and request.purpose == "statistics":
+        return statistics(message, context)
     sector, data = sector_of(task), data_of(node, task)
     shared, base_digest = _received(message, request, "evaluate")
-    base = with_local(sector, task, shared, store_of(node), base_digest)
+    base = with_local(sector, task, shared, store_of(node), base_digest, request.run if request else None)
     splits = request.splits if request else ("validation",)
-    counts = {s: training.evaluate(sector, base, data.split(s), device=task.device) for s in splits}
+    counts = {s: training.evaluate(sector, base, data.split(s), device=task.device) for s in splits if s in SPLITS}
     rows = sum(int(c["rows"]) for c in counts.values())
     losses = sum(float(c["loss_sum"]) for c in counts.values())
+    if "test_tuned" in splits:
+        # what trains on a node's rows asks the same consent whatever the message is called
+        consent_to_rows(node.spec, min(num_rows(data.train), task.training.max_examples or num_rows(data.train)))
+        tuned = tuned_on(task, base, data.train, name=node.spec.name) if num_rows(data.train) else base
+        counts["test_tuned"] = training.evaluate(sector, tuned, data.test, device=task.device)
     # Flower's own strategies average metrics by num-examples; ours reads the counts.
     metrics = {} if request else {"val/loss": losses / max(rows, 1)}
     return wire.reply_content(request=request, arrays=None, num_examples=rows, metrics=metrics, counts=counts)
@@ -81,10 +116,21 @@ def enrol(message: Message, context: Context) -> RecordDict:
     task = from_json(NodeTask, json.loads(str(asked[wire.NODE_CONFIG])))
     with suppress(PolicyRefusal):
         consent(node.spec, task)
+        _agree_on_schema(sector_of(task), str(asked.get(wire.SCHEMA, "")))
         data = data_of(node, task)
         reply[wire.NUM_EXAMPLES] = num_rows(data.train)
         reply[wire.NUM_ROWS] = sum(num_rows(data.split(name)) for name in SPLITS)
     return RecordDict({wire.REPLY: ConfigRecord({**reply})})
+
+
+def _agree_on_schema(sector: Sector, declared: str) -> None:
+    """Raises DataError where the server's sector reads other columns, units or ranges than this node's."""
+    own = schema.digest(sector.schema)
+    if declared and declared != own:
+        raise DataError(
+            f"the server's sector {sector.name} declares other columns, units or ranges (schema {declared[:12]}) than "
+            f"this node's (schema {own[:12]}): both need the same version of sectors/{sector.name}.py"
+        )
 
 
 def _received(message: Message, request: Request | None, purpose: Purpose) -> tuple[Arrays, str]:
@@ -99,7 +145,7 @@ def _received(message: Message, request: Request | None, purpose: Purpose) -> tu
             raise WireError(
                 "wrong_request", f"the params' digest is {found[:12]}, the request says {request.base[:12]}"
             )
-        if request.purpose != purpose or not set(request.splits) <= EVALUATED:
+        if request.purpose != purpose or not set(request.splits) <= EVALUATED[purpose]:
             asked = f"{request.purpose} on {list(request.splits)}"
             raise WireError("wrong_request", f"a {purpose} message that asks to {asked}")
     return shared, found
@@ -116,12 +162,14 @@ def _reply_arrays(request: Request | None, shared: Arrays, trained: Arrays) -> A
     return layout.unflatten(layout.subtract(trained, shared))
 
 
-def with_local(sector: Sector, task: NodeTask, shared: Arrays, store: NodeStore | None, base: str) -> Arrays:
-    """The shared params and this node's local layers, in the model's order."""
+def with_local(
+    sector: Sector, task: NodeTask, shared: Arrays, store: NodeStore | None, base: str, run: str | None = None
+) -> Arrays:
+    """The shared params and this node's local layers of the run, in the model's order."""
     initial = _initial(sector, task.seed)
     if all(name in shared for name in initial):
         return shared
-    kept = (store.local(base) if store is not None else None) or {}
+    kept = (store.local(base, run=run) if store is not None else None) or {}
     return {name: shared[name] if name in shared else kept.get(name, initial[name]) for name in initial}
 
 

@@ -110,6 +110,27 @@ class TrainingConfig:
 
 
 @dataclass
+class HeterogeneityConfig:
+    """What is done where sites differ.  Every setting exists in every choice, so they can be combined."""
+
+    name: str = "none"
+    proximal_mu: float = 0.0
+    """FedProx: pulls a node's shared params back to those it was sent, by mu / 2 times their squared distance."""
+    local_layers: list[str] = field(default_factory=list)
+    """Patterns of tensors that stay at the node; "head": the sector's last layers."""
+    fine_tune_epochs: int = 0
+    """After the last round each node trains the final model on its own rows for so many epochs, and tests that too."""
+    fine_tune_lr: float | None = None
+    """None: the training's."""
+
+    def __post_init__(self) -> None:
+        _within("heterogeneity.proximal_mu", self.proximal_mu, least=0)
+        _within("heterogeneity.fine_tune_epochs", self.fine_tune_epochs, least=0)
+        if self.fine_tune_lr is not None:
+            _within("heterogeneity.fine_tune_lr", self.fine_tune_lr, above=0)
+
+
+@dataclass
 class SectorConfig:
     """A task: the name of a file in `sectors/`, the options of its class, and how its model is trained."""
 
@@ -317,6 +338,8 @@ class EngineConfig:
     """local: processes that run nodes; 1 runs them in this process."""
     address: str | None = None
     """ray: an existing cluster's address; None starts one on this machine."""
+    links: bool = True
+    """local: links and availability of `nodes` are obeyed, in virtual time."""
     cpus_per_node: float = 1.0
     """ray: cores that one node's message occupies."""
     gpus_per_node: float = 0.0
@@ -402,6 +425,7 @@ class RunConfig:
     rule: RuleConfig = field(default_factory=RuleConfig)
     preaggregator: list[PreAggregatorConfig] = field(default_factory=list)
     """What stands before the rule, in this order."""
+    heterogeneity: HeterogeneityConfig = field(default_factory=HeterogeneityConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     suspicion: SuspicionConfig = field(default_factory=SuspicionConfig)
@@ -452,14 +476,16 @@ class NodeTask:
     """Validation and test rows are those of whole held-out nodes; the others hold training rows only."""
     worker_momentum: float = 0.0
     """beta of the momentum that nodes reply instead of their updates."""
+    proximal_mu: float = 0.0
+    fine_tune_epochs: int = 0
+    fine_tune_lr: float | None = None
 
     @classmethod
     def of(cls, config: RunConfig) -> NodeTask:
         specs = config.nodes.expand()
         return cls(
             sector=config.sector.name,
-            # where the server's own rows lie is no node's business
-            options={k: v for k, v in config.sector.options.items() if k != "server_path"},
+            options=_node_options(config),
             training=config.sector.training,
             data=config.data,
             privacy=config.privacy.name,
@@ -468,7 +494,21 @@ class NodeTask:
             num_parts=len(specs),
             holds_out=any(s.role is not Role.train for s in specs),
             worker_momentum=config.rule.worker_momentum,
+            proximal_mu=config.heterogeneity.proximal_mu,
+            fine_tune_epochs=config.heterogeneity.fine_tune_epochs,
+            fine_tune_lr=config.heterogeneity.fine_tune_lr,
         )
+
+
+def sector_options(config: RunConfig) -> dict[str, Any]:
+    """The options of the run's sector: its own, and which layers stay at the nodes."""
+    chosen = config.heterogeneity.local_layers
+    return {**config.sector.options, **({"local_layers": list(chosen)} if chosen else {})}
+
+
+def _node_options(config: RunConfig) -> dict[str, Any]:
+    """What a node needs of them: where the server's own rows lie is no node's business."""
+    return {k: v for k, v in sector_options(config).items() if k != "server_path"}
 
 
 # Fields that say where a run lives, not what it computes.

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from conf.load import load
-from conf.schema import EngineName, NodeTask, RunConfig
+from conf.schema import EngineName, NodeSpec, NodeTask, RunConfig
 from experiments import baselines
 from experiments.attacks import outcome
 from experiments.engines.adversary import Plot, attacked_app, plot_of
+from experiments.engines.links import Links
 from experiments.engines.local import App, LocalGrid, load_app
-from sectors.base import Sector, num_rows, place_of
-from server import build
+from sectors.base import SPLITS, NodeData, Sector, num_rows, place_of
+from server import build, statistics
 from server.folder import RunFolder
 from server.run import OnRound, RunResult, resumed, run
-from trellis.errors import DataError
+from trellis.errors import DataError, MissingData
 from trellis.types import Role
 
 CLIENT_APP = "clients.app:app"
@@ -31,9 +34,11 @@ def simulate(overrides: Sequence[str], *, on_round: OnRound | None = None) -> Ru
     plot = plot_of(config, sector)
     _check_data(config, sector)
     result = _run(config, plot, list(overrides), on_round)
+    sector = statistics.of_run(RunFolder(Path(result.run_dir)), sector)
     found: dict[str, Any] = {}
     if config.baselines:
-        found["baselines"] = baselines.baselines(config, sector)
+        found["baselines"] = compared = baselines.baselines(config, sector)
+        found["nodes"] = _with_baselines(result.nodes, compared)
     if plot is not None:
         found["attack"] = _attack(config, sector, plot, result)
     if found:
@@ -54,8 +59,20 @@ def _run(config: RunConfig, plot: Plot | None, overrides: list[str], on_round: O
     made: App = CLIENT_APP if plot is None else partial(attacked_app, plot, config)
     # honest nodes first, so that attackers see what they sent
     last = {i for i, spec in enumerate(specs) if plot is not None and spec.name in plot.nodes}
-    with LocalGrid(made, len(specs), workers=config.engine.workers, last=last) as grid:
+    # a sampler that goes by availability has asked only those that are there
+    links = Links(specs, config.seed, obeys_availability=config.sampler.name != "availability")
+    obeyed: dict[str, Any] = {"delay_s": links.delay_s, "reachable": links.reachable} if config.engine.links else {}
+    with LocalGrid(made, len(specs), workers=config.engine.workers, last=last, **obeyed) as grid:
         return run(config, grid, overrides=overrides, on_round=on_round)
+
+
+def _with_baselines(nodes: dict[str, dict[str, Any]], found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each node's scores beside those of its model made alone and of the pooled one."""
+    alone, pooled = found.get("local_only", {}).get("nodes", {}), found["pooled_nodes"]
+    return {
+        name: {**scores, "pooled": pooled[name], **({"local_only": alone[name]} if name in alone else {})}
+        for name, scores in nodes.items()
+    }
 
 
 def _attack(config: RunConfig, sector: Sector, plot: Plot, result: RunResult) -> dict[str, Any]:
@@ -78,9 +95,12 @@ def prepare(overrides: Sequence[str]) -> tuple[RunConfig, list[str]]:
 
 
 def _check_data(config: RunConfig, sector: Sector) -> None:
-    """Every node's rows can be loaded, and someone has rows to train on and to validate on."""
+    """Every node's rows can be loaded and learned from, before anything starts.
+
+    Raises DataError naming the node, and the file and column where there is one.
+    """
     specs, task = config.nodes.expand(), NodeTask.of(config)
-    data = {spec.name: sector.load(place_of(spec, task)) for spec in specs}
+    data = {spec.name: _loaded(sector, spec, task) for spec in specs}
     starved = [s.name for s in specs if s.role is Role.train and not num_rows(data[s.name].train)]
     if starved:
         raise DataError(
@@ -89,3 +109,57 @@ def _check_data(config: RunConfig, sector: Sector) -> None:
         )
     if not sum(num_rows(d.validation) for d in data.values()):
         raise DataError("no node has validation rows: raise validation_fraction, or hold nodes out for validation")
+    if sector.num_classes is not None:
+        _check_classes(sector, specs, task, data)
+    _check_identifiers(sector, specs)
+
+
+def _loaded(sector: Sector, spec: NodeSpec, task: NodeTask) -> NodeData:
+    try:
+        return sector.load(place_of(spec, task))
+    except MissingData as error:
+        raise MissingData(f"node {spec.name}: {error}" if spec.data_path else str(error)) from error
+    except DataError as error:
+        raise DataError(f"node {spec.name}: {error}") from error
+
+
+def _check_classes(sector: Sector, specs: Sequence[NodeSpec], task: NodeTask, data: Mapping[str, NodeData]) -> None:
+    """Refuse one class only: in all rows there are, or in a node that trains on rows and validates on others."""
+    everything = {label for each in data.values() for split in SPLITS for label in np.unique(each.split(split)["y"])}
+    if len(everything) < 2:
+        raise DataError(
+            f"all rows of sector {sector.name} are of one class ({_named(everything)}): nothing is to learn"
+        )
+    for spec in specs:
+        own = data[spec.name]
+        if task.holds_out or not num_rows(own.validation):
+            continue
+        found = {label for split in SPLITS for label in np.unique(own.split(split)["y"])}
+        if len(found) < 2:
+            where = f" in {spec.data_path}" if spec.data_path else ""
+            raise DataError(
+                f"node {spec.name}: all {sum(num_rows(own.split(s)) for s in SPLITS)} rows{where} are of one class "
+                f"({_named(found)}), so it cannot validate a model: give it rows of another class, choose another "
+                "partition (dirichlet: a larger sector.options.alpha), or hold out whole nodes for validation"
+            )
+
+
+def _named(labels: set[Any]) -> str:
+    return ", ".join(f"y = {label:g}" for label in sorted(labels)) or "none"
+
+
+def _check_identifiers(sector: Sector, specs: Sequence[NodeSpec]) -> None:
+    """Refuse one person, customer or engine in the files of two nodes: rows about them would train and test at once."""
+    column = sector.identifier
+    owners: dict[Any, NodeSpec] = {}
+    for spec in specs if column is not None else ():
+        if spec.data_path is None:
+            continue
+        table = sector.read((Path(spec.data_path),))
+        for identifier in np.unique(np.asarray(table[column])):
+            other = owners.setdefault(identifier, spec)
+            if other is not spec:
+                raise DataError(
+                    f"node {spec.name}: {spec.data_path} holds {str(identifier)[:40]!r} in column {column}, which "
+                    f"{other.data_path} of node {other.name} holds too: each may be at one node only"
+                )

@@ -1,6 +1,7 @@
 """The catalogue of tasks.
 
-Names only: a sector's file, and with it torch, is imported when the sector is asked for.
+A sector is a file here and one in `conf/sector`, of one name.  Names only: a sector's file, and with it torch, is
+imported when the sector is asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 import types
 import typing
 from collections.abc import Mapping
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from trellis.errors import ConfigError
@@ -18,10 +20,14 @@ if TYPE_CHECKING:
     from sectors.base import Sector
 
 SECTORS: dict[str, str] = {
-    "banks": "sectors.banks:Banks",
-    "healthcare_wisconsin": "sectors.healthcare_wisconsin:HealthcareWisconsin",
+    name: f"sectors.{name}:{''.join(word.capitalize() for word in name.split('_'))}"
+    for name in sorted(
+        file.name.removesuffix(".yaml")
+        for file in (resources.files("conf") / "sector").iterdir()
+        if file.name.endswith(".yaml")
+    )
 }
-"""Name of a sector -> where its class is."""
+"""Name of a sector -> where its class is: conf/sector/<a_name>.yaml and class AName in sectors/<a_name>.py."""
 
 
 def names() -> list[str]:
@@ -36,9 +42,25 @@ def get(name: str, options: Mapping[str, Any] | None = None) -> Sector:
     """
     if name not in SECTORS:
         raise ConfigError(f"unknown sector {name!r}; the sectors are {', '.join(names())}")
-    module, _, attribute = SECTORS[name].partition(":")
-    cls: type[Sector] = getattr(importlib.import_module(module), attribute)
+    cls = _class(name)
     return cls(**_checked(name, cls, options or {}))
+
+
+def _class(name: str) -> type[Sector]:
+    """The sector's class.  Raises ConfigError saying which file or class is missing."""
+    where, _, attribute = SECTORS[name].partition(":")
+    try:
+        module = importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        if error.name != where:
+            raise
+        raise ConfigError(f"conf/sector/{name}.yaml has no sector: write {where.replace('.', '/')}.py") from error
+    cls: type[Sector] | None = getattr(module, attribute, None)
+    if cls is None:
+        raise ConfigError(
+            f"{where.replace('.', '/')}.py has no class {attribute}: the sector {name} is looked for there"
+        )
+    return cls
 
 
 def _checked(name: str, cls: type[Sector], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,12 +22,19 @@ from sectors import files, partition
 from sectors import metrics as measures
 from sectors.base import Pooled, Rows
 from sectors.binary import Binary, mlp
-from trellis.errors import ConfigError, DataError
+from sectors.schema import Column
+from trellis.errors import ConfigError
 from trellis.types import Counts, MetricSpec
 
 COMPONENTS = tuple(f"V{i}" for i in range(1, 29))
 INPUTS = (*COMPONENTS, "Amount")
-COLUMNS = ("Time", *INPUTS, "Class")
+SCHEMA = (
+    Column("Time", "seconds from the first payment", low=0),
+    *(Column(name, low=-1000, high=1000) for name in COMPONENTS),
+    Column("Amount", "euros", low=0, high=1e6),
+    Column("Class", categories=(0, 1)),
+)
+COLUMNS = tuple(column.name for column in SCHEMA)
 
 # Standard deviations of V1..V28 in the full data set, as its Kaggle page publishes them; the means are 0.
 SCALES = np.array(
@@ -62,6 +69,7 @@ class Banks(Binary):
         MetricSpec("auc", "max"),
         MetricSpec("ap_true", "max"),
     )
+    schema: ClassVar[tuple[Column, ...]] = SCHEMA
     data_files: ClassVar[tuple[str, ...]] = ("banks/creditcard.csv", "banks/creditcard_sample.csv.gz")
 
     num_strata: ClassVar[int] = len(STRATUM_WEIGHTS)
@@ -87,7 +95,7 @@ class Banks(Binary):
         return (files.find(self.data_files, "ULB credit card fraud", "Kaggle mlg-ulb/creditcardfraud"),)
 
     def read(self, paths: tuple[Path, ...]) -> pd.DataFrame:
-        return files.read_csv(paths[0], COLUMNS)
+        return files.read_csv(paths[0], SCHEMA)
 
     def pool(self, table: pd.DataFrame) -> Pooled:
         # Repeats differ in nothing but `src`: left in, they would stand in train and test at once.
@@ -114,15 +122,13 @@ class Banks(Binary):
 
     def features(self, table: pd.DataFrame) -> Rows:
         """x (n, 29) of a raw table; with its Class also y (n,) and stratum (n,).  Raises DataError."""
-        files.require(table, INPUTS, "the table of payments")
+        files.require(table, [c for c in SCHEMA if c.name in INPUTS], "the table of payments")
         scaled = table[list(COMPONENTS)].to_numpy(np.float64) / SCALES
         amount = (np.log1p(table["Amount"].to_numpy(np.float64).clip(min=0.0)) - LOG_AMOUNT_CENTRE) / LOG_AMOUNT_SCALE
         rows: Rows = {"x": np.column_stack([scaled, amount]).clip(-CLIP, CLIP).astype(np.float32)}
         if "Class" in table.columns:
-            y = table["Class"].to_numpy()
-            if not np.isin(y, (0, 1)).all():
-                raise DataError(f"column Class must hold 0 (normal) and 1 (fraud), found {list(set(y) - {0, 1})[:5]}")
-            rows |= {"y": y.astype(np.float32), "stratum": _strata(table)}
+            files.require(table, SCHEMA[-1:], "the table of payments")
+            rows |= {"y": table["Class"].to_numpy(np.float32), "stratum": _strata(table)}
         return rows
 
     def build_model(self) -> nn.Module:

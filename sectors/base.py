@@ -7,12 +7,20 @@ privacy.
 Data are *rows*: a dict of arrays of one leading length (a row may be a vector, an image, a window of cycles, a basket).
 Metrics are computed from *additive counts*: summed over nodes they give the federation's metric, exactly as if the rows
 had been scored in one place, and they are all that leaves a node under secure aggregation.
+
+Nothing is fitted on rows that are not a node's own.  What preprocessing needs to know comes from published constants,
+from the node's own training rows (`localise`), or from one round of additive *statistics* of all nodes' training rows
+(`statistics`, summed, `fit`).
+
+    read -> schema -> pool -> owners (which node) -> split (train, validation, test) -> localise
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +32,7 @@ from torch import Tensor, nn
 
 from conf.schema import DataSource, NodeSpec, NodeTask
 from sectors import files, partition
+from sectors.schema import Column, Table
 from trellis import canonical
 from trellis.errors import ConfigError, DataError, MissingData
 from trellis.types import Counts, MetricSpec, Role
@@ -33,6 +42,8 @@ Rows = dict[str, npt.NDArray[Any]]
 Batch = dict[str, Tensor]
 
 SPLITS = ("train", "validation", "test")
+TRAIN, VALIDATION, TEST, OWN = 0, 1, 2, -1
+"""Index into SPLITS; OWN: the node's own split decides."""
 
 SERVER_FRACTION_MAX = 0.5
 
@@ -74,6 +85,9 @@ class Pooled:
 
     rows: Rows
     keys: Rows
+    split: npt.NDArray[np.int8] | None = None
+    """(n,) index into SPLITS of rows that are set aside already (an official test set, a split by time), OWN for those
+    that the node divides itself.  None: all of them."""
 
 
 def place_of(spec: NodeSpec, task: NodeTask) -> Place:
@@ -119,18 +133,31 @@ class Sector(ABC):
     """Files under the data folder; empty when the data come with a package."""
     num_classes: ClassVar[int | None] = None
     """Classes 0 .. num_classes - 1 that `y` names; None where rows have none."""
+    schema: ClassVar[tuple[Column, ...]] = ()
+    """The columns of the raw table, with units, categories and ranges: a file that disagrees is refused."""
+    fitted_options: ClassVar[tuple[str, ...]] = ()
+    """Options that `fit` sets.  Rows never depend on them: only `forward` does."""
+    identifier: ClassVar[str | None] = None
+    """The column of the raw table that says whom rows are about; one may be known to one node only."""
+    head: ClassVar[tuple[str, ...]] = ()
+    """Patterns of the names of the last layers' tensors: what `local_layers=["head"]` keeps at the node."""
 
     validation_fraction: float = 0.2
     test_fraction: float = 0.2
     """Shares of a node's rows that it validates and tests on, unless whole nodes are held out."""
     split_seed: int = 0
     """Partition, split and generated rows follow this seed, never the run's: runs are compared on the same rows."""
+    num_folds: int = 0
+    """Above 0 a node tests on fold `fold` of so many of its rows, class by class, instead of on `test_fraction`."""
+    fold: int = 0
     synthetic_rows: int = 1000
     """How many rows `generate` makes."""
     server_fraction: float = 0.0
     """Share of the pooled rows that the server holds itself: held out before the partition, no node has them."""
     server_path: str | None = None
     """A file of the server's own, in the sector's format."""
+    local_layers: tuple[str, ...] = ()
+    """Patterns of tensors that stay at the node, never sent and never aggregated; "head": the sector's last layers."""
 
     def __post_init__(self) -> None:
         shares = (self.validation_fraction, self.test_fraction)
@@ -138,6 +165,11 @@ class Sector(ABC):
             raise ConfigError(
                 f"sector {self.name}: validation_fraction and test_fraction are {shares}; "
                 "they must be at least 0 and leave rows to train on"
+            )
+        if self.num_folds and not (0 <= self.fold < self.num_folds and self.num_folds > 1):
+            raise ConfigError(
+                f"sector {self.name}: fold is {self.fold} of num_folds={self.num_folds}; folds are counted from 0, "
+                "and there must be 2 or more"
             )
         if not 0 <= self.server_fraction <= SERVER_FRACTION_MAX:
             raise ConfigError(
@@ -163,15 +195,37 @@ class Sector(ABC):
         if not 0 <= part < len(divided.parts):
             raise DataError(f"sector {self.name}: there is no part {part} of {len(divided.parts)} parts")
         index = divided.parts[part]
+        pooled = _pool(self, source)
+        rows = take(pooled.rows, index)
         groups = None if divided.groups is None else divided.groups[index]
-        rows = take(_pool(self, source).rows, index)
+        fixed = np.full(len(index), OWN, np.int8) if pooled.split is None else pooled.split[index]
         if place.role is not Role.train or place.holds_out:
-            return _whole(rows, place.role)
-        seed = self.rng("split", "own" if place.path else part)
-        fractions = (self.validation_fraction, self.test_fraction)
-        return NodeData(
-            *(take(rows, i) for i in partition.stratified_split(self.labels(rows), fractions, seed, groups))
-        )
+            split = _whole(fixed, place.role)
+        else:
+            split = self._split(rows, fixed, groups, self.rng("split", "own" if place.path else part))
+        data = NodeData(*(take(rows, np.flatnonzero(split == i)) for i in range(len(SPLITS))))
+        return self._localised(data, rows)
+
+    def _split(
+        self, rows: Rows, fixed: npt.NDArray[np.int8], groups: npt.NDArray[Any] | None, rng: np.random.Generator
+    ) -> npt.NDArray[np.int8]:
+        """(n,) index into SPLITS of each row of a node that trains, validates and tests."""
+        split = fixed.copy()
+        own = np.flatnonzero(fixed == OWN)
+        labels, groups = self.labels(take(rows, own)), None if groups is None else groups[own]
+        if self.num_folds:
+            drawn = partition.fold_split(labels, self.num_folds, self.fold, self.validation_fraction, rng, groups)
+        else:
+            fractions = (self.validation_fraction, self.test_fraction)
+            drawn = partition.stratified_split(labels, fractions, rng, groups)
+        for i, members in enumerate(drawn):
+            split[own[members]] = i
+        return split
+
+    def _localised(self, data: NodeData, rows: Rows) -> NodeData:
+        """The node's splits, normalised by its training rows; a node without any goes by what it has."""
+        reference = data.train if num_rows(data.train) else rows
+        return NodeData(*(self.localise(data.split(name), reference) for name in SPLITS))
 
     @property
     def server_data(self) -> str:
@@ -196,7 +250,7 @@ class Sector(ABC):
         rows = rows if path is not None else take(rows, _held_out(self, source))
         if not num_rows(rows):
             raise DataError(f"sector {self.name}: server_fraction={self.server_fraction} of the rows is not one row")
-        return rows
+        return self.localise(rows, rows)
 
     def rng(self, *purpose: int | str) -> np.random.Generator:
         """A generator that depends on `split_seed`, the sector and the purpose only."""
@@ -251,6 +305,55 @@ class Sector(ABC):
         """What the split is stratified by, (n,): the label, or bins of a continuous one."""
         return rows["y"]
 
+    def units(self, table: Any) -> npt.NDArray[Any]:
+        """An id of each leading row of the raw table; rows with one id (an engine's, a customer's) belong together.
+
+        Law:  rows that `pool` makes of some units do not depend on which others are in the table.
+        """
+        return np.arange(len(_column(table)))
+
+    def select(self, table: Any, chosen: npt.NDArray[np.bool_]) -> Any:
+        """The leading rows of the raw table where `chosen` (n,) holds."""
+        if isinstance(table, dict):
+            return {key: values[chosen] for key, values in table.items()}
+        return table[chosen].reset_index(drop=True)
+
+    def localise(self, rows: Rows, reference: Rows) -> Rows:
+        """Rows normalised by the node's own training rows, `reference`: what its scanner adds to all of them."""
+        return rows
+
+    def statistic_specs(self) -> tuple[CountSpec, ...]:
+        """What `statistics` returns, each with the most that one row adds to it; none: no statistics round."""
+        return ()
+
+    def statistics(self, rows: Rows) -> Counts:
+        """Additive statistics of a node's training rows: sums and counts, nothing else leaves it.
+
+        Law:  `statistics(a ++ b) == statistics(a) + statistics(b)`.
+        """
+        return {}
+
+    def fit(self, totals: Counts) -> dict[str, Any]:
+        """Summed statistics -> values for this sector's options (a scaler, a vocabulary), of JSON's types."""
+        return {}
+
+    def all_statistics(self, rows: Rows) -> Counts:
+        """`statistics`, and the number of rows they are of."""
+        return {**self.statistics(rows), "rows": np.asarray(num_rows(rows), np.int64)}
+
+    def all_statistic_specs(self) -> dict[str, CountSpec]:
+        """`statistic_specs` and the number of rows, by name; empty where nothing is fitted."""
+        specs = self.statistic_specs()
+        return {spec.name: spec for spec in (*specs, CountSpec("rows", (), "int64"))} if specs else {}
+
+    def fitted_on(self, rows: Rows) -> Sector:
+        """This sector with what is fitted taken from some training rows alone."""
+        return self.fitted(self.fit(self.all_statistics(rows))) if self.statistic_specs() and num_rows(rows) else self
+
+    def fitted(self, options: Mapping[str, Any]) -> Sector:
+        """This sector with what `fit` gave; lists, as JSON has them, become tuples."""
+        return replace(self, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
     @abstractmethod
     def build_model(self) -> nn.Module:
         """A fresh model without hidden state; its initial params follow torch's seed."""
@@ -291,7 +394,10 @@ class Sector(ABC):
 
     def is_local(self, name: str) -> bool:
         """Whether the tensor `name` stays at the node (never sent, never aggregated)."""
-        return False
+        return any(fnmatchcase(name, pattern) for pattern in self._local_patterns())
+
+    def _local_patterns(self) -> list[str]:
+        return [p for given in self.local_layers for p in (self.head if given == "head" else (given,))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,15 +426,30 @@ def _source(sector: Sector, place: Place) -> _Source:
     return _Source(paths, tuple(files.stamp(p) for p in paths), synthetic=False)
 
 
-@lru_cache(maxsize=64)
 def _pool(sector: Sector, source: _Source) -> Pooled:
+    return _pooled(_of_rows(sector), source)
+
+
+def _divide(sector: Sector, source: _Source, num_parts: int | None) -> _Divided:
+    """`num_parts` parts; with None all rows are one part and `owners` is not asked."""
+    return _divided(_of_rows(sector), source, num_parts)
+
+
+def _of_rows(sector: Sector) -> Sector:
+    """The sector without what no pooled row depends on, so that rows are read once for all of its variants."""
+    apart = {*sector.fitted_options, "local_layers", "num_folds", "fold"}
+    changed = {f.name: f.default for f in fields(sector) if f.name in apart and getattr(sector, f.name) != f.default}
+    return replace(sector, **changed) if changed else sector
+
+
+@lru_cache(maxsize=64)
+def _pooled(sector: Sector, source: _Source) -> Pooled:
     return sector.pool(sector.generate() if source.synthetic else sector.read(source.paths))
 
 
 @lru_cache(maxsize=64)
-def _divide(sector: Sector, source: _Source, num_parts: int | None) -> _Divided:
-    """`num_parts` parts; with None all rows are one part and `owners` is not asked."""
-    pooled = _pool(sector, source)
+def _divided(sector: Sector, source: _Source, num_parts: int | None) -> _Divided:
+    pooled = _pooled(sector, source)
     groups = sector.groups(pooled)
     index = np.arange(num_rows(pooled.rows))
     if num_parts is None:
@@ -343,16 +464,32 @@ def _divide(sector: Sector, source: _Source, num_parts: int | None) -> _Divided:
 
 
 def _held_out(sector: Sector, source: _Source) -> npt.NDArray[np.int64]:
-    """Pooled rows that are the server's: of every class its share, whole groups."""
+    """Pooled rows that are the server's: of every class its share, whole groups, none that is set aside already."""
     pooled = _pool(sector, source)
+    groups = sector.groups(pooled)
+    free = np.arange(num_rows(pooled.rows))
+    if pooled.split is not None:
+        free = np.flatnonzero((pooled.split == OWN) | (pooled.split == TRAIN))
     shares = (sector.server_fraction, 0.0)
-    drawn = partition.stratified_split(sector.labels(pooled.rows), shares, sector.rng("server"), sector.groups(pooled))
-    return drawn[1]
+    labels = sector.labels(take(pooled.rows, free))
+    drawn = partition.stratified_split(labels, shares, sector.rng("server"), None if groups is None else groups[free])
+    return free[drawn[1]]
 
 
-def _whole(rows: Rows, role: Role) -> NodeData:
-    none = take(rows, np.arange(0))
-    return NodeData(**{name: rows if name == role.value else none for name in SPLITS})
+def _whole(fixed: npt.NDArray[np.int8], role: Role) -> npt.NDArray[np.int8]:
+    """(n,) index into SPLITS of the rows of a node that does one thing only; -1: it does not use the row.
+
+    What a publisher set aside for testing is tested on, never trained or chosen by.
+    """
+    official = fixed == TEST
+    if role is Role.test:
+        return np.where(official | ~official.any(), TEST, OWN).astype(np.int8)
+    return np.where(official, OWN, SPLITS.index(role.value)).astype(np.int8)
+
+
+def _column(table: Table) -> Sequence[Any]:
+    """One column of a raw table, for its length."""
+    return next(iter(table.values())) if isinstance(table, dict) else table.index  # type: ignore[no-any-return]
 
 
 def to_batch(rows: Rows, index: npt.NDArray[Any] | slice, device: torch.device) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -31,7 +32,8 @@ def mlp(num_features: int, hidden: tuple[int, ...]) -> nn.Sequential:
     for next_width in hidden:
         layers += [nn.Linear(width, next_width), nn.Tanh()]
         width = next_width
-    return nn.Sequential(*layers, nn.Linear(width, 1), Squeeze())
+    named = {"body": nn.Sequential(*layers), "head": nn.Linear(width, 1), "squeeze": Squeeze()}
+    return nn.Sequential(OrderedDict(named))
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Binary(Sector):
     """A sector whose outputs are (B,) logits of the positive class and whose rows have `y`, 0 or 1."""
 
     num_classes: ClassVar[int | None] = 2
+    head: ClassVar[tuple[str, ...]] = ("head.*",)
     num_strata: ClassVar[int] = 1
     """Strata of the negatives that `counts` keeps apart; above 1, rows have `stratum`."""
 

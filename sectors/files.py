@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import os
+import zipfile
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
+from sectors import schema
+from sectors.schema import Column
 from trellis.errors import DataError, MissingData
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
@@ -27,7 +32,7 @@ def data_root() -> Path:
 
 
 def find(relative: str | Sequence[str], dataset: str, where: str) -> Path:
-    """The first of some files under the data folder that exists, `.csv` or `.csv.gz` alike.
+    """The first of some files under the data folder that exists, plain (`.csv`, `.txt`) or gzipped alike.
 
     `dataset` names the data, `where` says where to get them.  Raises MissingData.
     """
@@ -44,9 +49,9 @@ def find(relative: str | Sequence[str], dataset: str, where: str) -> Path:
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    if name.endswith(".csv"):
+    if name.endswith((".csv", ".txt")):
         return name, f"{name}.gz"
-    if name.endswith(".csv.gz"):
+    if name.endswith((".csv.gz", ".txt.gz")):
         return name, name.removesuffix(".gz")
     return (name,)
 
@@ -74,30 +79,72 @@ def _digest(path: Path, stamped: tuple[int, int]) -> str:
         raise MissingData(f"cannot read the data file {path}: {error.strerror or error}") from error
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """A CSV file, plain or gzipped, with at least `columns`, all of them numbers.  Raises DataError, MissingData."""
+def read_csv(path: Path, columns: Sequence[str | Column]) -> pd.DataFrame:
+    """A CSV file, plain or gzipped, that holds `columns`; a bare name is a column of finite numbers.
+
+    Raises DataError naming file and column, MissingData.
+    """
     stamp(path)
+    declared = [Column(c) if isinstance(c, str) else c for c in columns]
+    text = {c.name: str for c in declared if c.kind == "text"}
     try:
-        table = pd.read_csv(path)
+        table = pd.read_csv(path, dtype=text, low_memory=False)
     except (OSError, EOFError, ValueError, zlib.error) as error:  # pandas' parser errors are ValueErrors
-        raise DataError(f"{path} cannot be read as {'gzipped ' if path.suffix == '.gz' else ''}CSV: {error}") from error
+        raise DataError(f"{path} cannot be read as {_packing(path)}CSV: {error}") from error
     if table.empty:
-        raise DataError(f"{path} has no rows; needed are the columns {', '.join(columns)}")
-    return require(table, columns, str(path))
-
-
-def require(table: pd.DataFrame, columns: Sequence[str], origin: str) -> pd.DataFrame:
-    """The table itself, when it has all `columns` and they hold finite numbers.  Raises DataError."""
-    missing = [c for c in columns if c not in table.columns]
-    if missing:
-        raise DataError(f"{origin} has no column {', '.join(missing)}; needed are {', '.join(columns)}")
-    bad = [c for c in columns if not _is_finite(table[c])]
-    if bad:
-        raise DataError(f"{origin} holds empty, infinite or non-numeric values in column {', '.join(bad)}")
+        raise DataError(f"{path} has no rows; needed are the columns {', '.join(c.name for c in declared)}")
+    schema.check(table, declared, str(path))
     return table
 
 
-def _is_finite(column: pd.Series) -> bool:
-    return pd.api.types.is_numeric_dtype(column) and bool(
-        np.isfinite(column.to_numpy(np.float64, na_value=np.nan)).all()
-    )
+def read_text(path: Path, names: Sequence[str]) -> pd.DataFrame:
+    """A table of numbers between blanks without a header, plain or gzipped.  Raises DataError, MissingData.
+
+    Every line has as many numbers as there are `names`.
+    """
+    stamp(path)
+    try:
+        # by content, not by name: a file that was unpacked may still be called .gz, and the reverse
+        with open(path, "rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+        with (gzip.open if packed else open)(path, "rt") as file:
+            table = pd.read_csv(file, sep=r"\s+", header=None)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read as a {_packing(path)}table of numbers: {error}") from error
+    if table.shape[1] != len(names):
+        raise DataError(
+            f"{path} has {table.shape[1]} numbers a line, needed are {len(names)}: {', '.join(names[:6])}"
+            f"{', ...' if len(names) > 6 else ''}"
+        )
+    table.columns = pd.Index(names)
+    schema.check(table, [Column(name) for name in names], str(path))
+    return table
+
+
+def read_npz(path: Path, keys: Sequence[str]) -> dict[str, npt.NDArray[np.generic]]:
+    """Arrays of a `.npz` file by key.  Raises DataError naming file and key, MissingData.
+
+    Pickled objects are refused: they could run code.
+    """
+    stamp(path)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [key for key in keys if key not in archive.files]
+            if missing:
+                found = ", ".join(archive.files[:12])
+                raise DataError(
+                    f"{path} has no array {', '.join(missing)}; needed are {', '.join(keys)}, found {found}"
+                )
+            return {key: archive[key] for key in keys}
+    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise DataError(f"{path} cannot be read as .npz: {error}") from error
+
+
+def _packing(path: Path) -> str:
+    return "gzipped " if path.suffix == ".gz" else ""
+
+
+def require(table: pd.DataFrame, columns: Sequence[str | Column], origin: str) -> pd.DataFrame:
+    """The table itself, when it holds `columns`; a bare name is a column of finite numbers.  Raises DataError."""
+    schema.check(table, [Column(c) if isinstance(c, str) else c for c in columns], origin)
+    return table

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ from torch import nn
 from sectors import files, partition
 from sectors.base import Pooled, Rows
 from sectors.binary import Binary, mlp
-from trellis.errors import ConfigError, DataError
+from sectors.schema import Column
+from trellis.errors import ConfigError
 from trellis.types import MetricSpec
 
 # Least and largest value of each measurement, from the summary table in the data set's own description.
@@ -60,6 +61,13 @@ RANGES: dict[str, tuple[float, float]] = {
 INPUTS = tuple(RANGES)
 LOW, HIGH = np.array(list(RANGES.values())).T
 
+BEYOND = 3.0
+"""How many times the largest published value a measurement may be: another microscope, not another unit."""
+SCHEMA = (
+    *(Column(name, low=0, high=BEYOND * high) for name, (_, high) in RANGES.items()),
+    Column("target", categories=(0, 1)),
+)
+
 PARTITIONS = ("dirichlet", "radius_band", "uniform")
 
 
@@ -69,6 +77,7 @@ class HealthcareWisconsin(Binary):
 
     name: ClassVar[str] = "healthcare_wisconsin"
     title: ClassVar[str] = "Breast cancer: which aspirates are malignant (Wisconsin)"
+    schema: ClassVar[tuple[Column, ...]] = SCHEMA
     primary: ClassVar[MetricSpec] = MetricSpec("auc", "max")
     metric_specs: ClassVar[tuple[MetricSpec, ...]] = (
         MetricSpec("auc", "max"),
@@ -96,7 +105,7 @@ class HealthcareWisconsin(Binary):
 
     def read(self, paths: tuple[Path, ...]) -> pd.DataFrame:
         if paths:
-            return files.read_csv(paths[0], (*INPUTS, "target"))
+            return files.read_csv(paths[0], SCHEMA)
         return _packaged()
 
     def pool(self, table: pd.DataFrame) -> Pooled:
@@ -114,15 +123,12 @@ class HealthcareWisconsin(Binary):
 
     def features(self, table: pd.DataFrame) -> Rows:
         """x (n, 30) in about -1..1; with a target also y (n,), 1 for malignant.  Raises DataError."""
-        files.require(table, INPUTS, "the table of aspirates")
+        files.require(table, SCHEMA[:-1], "the table of aspirates")
         x = 2.0 * (table[list(INPUTS)].to_numpy(np.float64) - LOW) / (HIGH - LOW) - 1.0
         rows: Rows = {"x": x.astype(np.float32)}
         if "target" in table.columns:
-            target: npt.NDArray[Any] = table["target"].to_numpy()
-            if not np.isin(target, (0, 1)).all():
-                found = list(set(target) - {0, 1})[:5]
-                raise DataError(f"column target must hold 0 (malignant) and 1 (benign), found {found}")
-            rows["y"] = (1 - target).astype(np.float32)
+            files.require(table, SCHEMA[-1:], "the table of aspirates")
+            rows["y"] = (1 - table["target"].to_numpy()).astype(np.float32)
         return rows
 
     def build_model(self) -> nn.Module:

@@ -121,6 +121,54 @@ def stratified_split(
     return _members(_split_of(labels, fractions, rng))
 
 
+def fold_split(
+    labels: npt.NDArray[Any],
+    num_folds: int,
+    fold: int,
+    validation_fraction: float,
+    rng: np.random.Generator,
+    groups: npt.NDArray[Any] | None = None,
+) -> tuple[Index, Index, Index]:
+    """Fold `fold` tests, the rest validates and trains.  (n,) labels -> three index arrays, ascending and disjoint.
+
+    The folds of one generator state are disjoint and cover the rows, class by class with counts that differ by at most
+    one: k-fold stratified cross-validation.  With `groups` whole groups are dealt.
+    """
+    _, first, inverse = np.unique(
+        np.arange(len(labels)) if groups is None else groups, return_index=True, return_inverse=True
+    )
+    of_group = np.empty(len(first), np.int64)
+    dealt = 0
+    for label in np.unique(labels[first]):
+        members = rng.permutation(np.flatnonzero(labels[first] == label))
+        # classes go on where the last one stopped, so that small classes do not all end in the first folds
+        of_group[members] = (dealt + np.arange(len(members))) % num_folds
+        dealt += len(members)
+    tests = of_group[inverse] == fold
+    rest = np.flatnonzero(~tests)
+    shares = (validation_fraction, 0.0)
+    train, validation, _ = stratified_split(labels[rest], shares, rng, None if groups is None else groups[rest])
+    return rest[train], rest[validation], np.flatnonzero(tests)
+
+
+def by_owner(owner: npt.NDArray[np.int64], num_parts: int, what: str) -> Index:
+    """Natural owners as parts.  (n,) owner 0..k-1 of each row -> (n,) part.
+
+    With as many parts as owners each has its own, in their order.  With fewer the smallest owners share the last part
+    and the others keep their order.  Raises DataError when there are more parts than owners; `what` names the owners
+    ("hospitals") and what to do about it.
+    """
+    sizes = np.bincount(owner)
+    if num_parts > len(sizes):
+        raise DataError(f"{len(owner)} rows cannot be divided into {num_parts} parts: they have {len(sizes)} {what}")
+    largest = np.sort(np.argsort(-sizes, kind="stable")[: num_parts - 1]) if num_parts < len(sizes) else None
+    if largest is None:
+        return np.asarray(owner, np.int64)
+    part = np.full(len(sizes), num_parts - 1, np.int64)
+    part[largest] = np.arange(num_parts - 1)
+    return part[owner]
+
+
 def _members(split: npt.NDArray[np.int8]) -> tuple[Index, Index, Index]:
     return np.flatnonzero(split == 0), np.flatnonzero(split == 1), np.flatnonzero(split == 2)
 

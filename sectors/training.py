@@ -39,18 +39,30 @@ class Trained:
 
 
 def train(
-    sector: Sector, config: TrainingConfig, params: Arrays, rows: Rows, *, seed: int, device: str = "cpu"
+    sector: Sector,
+    config: TrainingConfig,
+    params: Arrays,
+    rows: Rows,
+    *,
+    seed: int,
+    device: str = "cpu",
+    proximal_mu: float = 0.0,
 ) -> Trained:
-    """`config.epochs` passes over the rows in batches drawn with `seed`.  The params given are not changed."""
+    """`config.epochs` passes over the rows in batches drawn with `seed`.  The params given are not changed.
+
+    Above 0, `proximal_mu` adds mu / 2 ||p - p0||^2 over the shared params, p0 those given.
+    Li et al., FedProx, MLSys 2020.  https://arxiv.org/abs/1812.06127
+    """
     with reproducible(seed):
         model = _loaded(sector, params, device)
         rng = np.random.default_rng(seed)
         index = _rows_used(rng, num_rows(rows), config.max_examples)
         optimizer = _optimizer(model, config)
         model.train()
+        pull = _Pull.of(sector, model, proximal_mu)
         loss = float("nan")
         for _ in range(config.epochs):
-            loss = _epoch(sector, model, optimizer, rows, rng.permutation(index), config.batch_size)
+            loss = _epoch(sector, model, optimizer, rows, rng.permutation(index), config.batch_size, pull)
         return Trained(arrays_of(model), loss, len(index))
 
 
@@ -73,6 +85,27 @@ def evaluate(sector: Sector, params: Arrays, rows: Rows, *, device: str = "cpu")
         return totals
 
 
+@dataclass(frozen=True, slots=True)
+class _Pull:
+    """The gradient of the proximal term, for the optimizer and not for the loss: it depends on no row, so gradients of
+    single rows can be clipped without it."""
+
+    mu: float
+    params: tuple[tuple[nn.Parameter, torch.Tensor], ...]
+    """Each shared parameter and where it started."""
+
+    @classmethod
+    def of(cls, sector: Sector, model: nn.Module, mu: float) -> _Pull:
+        shared = [p for name, p in model.named_parameters() if mu and not sector.is_local(name)]
+        return cls(mu, tuple((p, p.detach().clone()) for p in shared))
+
+    def add(self) -> None:
+        """p.grad += mu (p - p0)"""
+        for p, start in self.params:
+            if p.grad is not None:
+                p.grad.add_(p.detach() - start, alpha=self.mu)
+
+
 def _epoch(
     sector: Sector,
     model: nn.Module,
@@ -80,6 +113,7 @@ def _epoch(
     rows: Rows,
     order: npt.NDArray[np.int64],
     batch_size: int,
+    pull: _Pull,
 ) -> float:
     total = 0.0
     device = next(model.parameters()).device
@@ -89,6 +123,7 @@ def _epoch(
         losses = sector.losses(sector.forward(model, batch), batch)
         model.zero_grad()
         losses.mean().backward()
+        pull.add()
         step(optimizer)
         total += float(losses.detach().sum(dtype=torch.float64))
     return total / max(len(order), 1)

@@ -10,7 +10,7 @@ import numpy as np
 
 import sectors
 from conf.load import choices
-from conf.schema import DataSource, NodeTask, RunConfig, to_json
+from conf.schema import DataSource, NodeTask, RunConfig, sector_options, to_json
 from sectors.base import Sector
 from server.reference import reference
 from strategies import preaggregators, rules, samplers, server_optimizers
@@ -21,6 +21,7 @@ from strategies.observers.suspicion import Suspicion
 from strategies.records import Scoring
 from trellis.errors import CohortTooSmall, ConfigError
 from trellis.types import Counts, Role, RuleSpec
+from trellis.vectors import CountSpec
 
 
 def check(config: RunConfig) -> Sector:
@@ -44,7 +45,17 @@ def check(config: RunConfig) -> Sector:
 
 
 def build_sector(config: RunConfig) -> Sector:
-    return sectors.get(config.sector.name, config.sector.options)
+    """The run's sector.  Raises ConfigError where a layer that is to stay local is none of its model's."""
+    sector = sectors.get(config.sector.name, sector_options(config))
+    if sector.local_layers:
+        names = list(sector.build_model().state_dict())
+        if not any(sector.is_local(name) for name in names) or all(sector.is_local(name) for name in names):
+            raise ConfigError(
+                f"heterogeneity.local_layers={list(sector.local_layers)} leaves all or none of sector {sector.name}'s "
+                f"tensors at the nodes; its tensors are {', '.join(names)}, its head is "
+                f"{', '.join(sector.head) or 'not named'}"
+            )
+    return sector
 
 
 def strategy(
@@ -59,23 +70,32 @@ def strategy(
         num_byzantine=config.num_byzantine,
         weighted=config.rule.weighted,
         sampler=_sampler(config),
-        exchange=PlainExchange(
-            native=True,
-            timeout_s=config.round_timeout_s,
-            max_update_norm=config.checks.max_update_norm,
-            counts=sector.all_counts(),
-            metrics=frozenset({"train/loss"}),
-            max_matrix_bytes=int(config.checks.max_matrix_mb * 2**20),
-            scratch=scratch,
-        ),
+        exchange=exchange(config, sector.all_counts(), clock, scratch),
         reference=reference(config, sector) if _needs_reference(config) else None,
         server_optimizer=_server_optimizer(config),
         suspicion=_suspicion(config),
         scoring=scoring(sector),
         min_replies=config.min_replies,
+        tunes=config.heterogeneity.fine_tune_epochs > 0,
         node_config=to_json(NodeTask.of(config)),
         clock=clock,
         commit=commit,
+    )
+
+
+def exchange(
+    config: RunConfig, counts: Mapping[str, CountSpec], clock: Clock, scratch: Path | None = None
+) -> PlainExchange:
+    """How the run's messages travel; `counts` are what a reply carries for each split."""
+    return PlainExchange(
+        native=True,
+        timeout_s=config.round_timeout_s,
+        max_update_norm=config.checks.max_update_norm,
+        counts=counts,
+        metrics=frozenset({"train/loss"}),
+        clock=clock,
+        max_matrix_bytes=int(config.checks.max_matrix_mb * 2**20),
+        scratch=scratch,
     )
 
 

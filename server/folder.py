@@ -5,6 +5,7 @@
     state.safetensors      the last committed ServerState (server/checkpoint.py)
     records/               one RoundRecord a file; also the spool of the tracking server
     versions/round-00007/  model.safetensors, card.json, MLmodel (server/versions.py)
+    statistics.json        what the sector fitted on the nodes' statistics (server/statistics.py)
     nodes/<name>/          the nodes' own stores (simulation only)
     tracking.json          what has been delivered to the tracking server (server/tracking.py)
     result.json            the summary that `--json` prints, once the run has ended
@@ -67,6 +68,10 @@ class RunFolder:
         return self.path / "result.json"
 
     @property
+    def statistics_path(self) -> Path:
+        return self.path / "statistics.json"
+
+    @property
     def nodes_path(self) -> Path:
         return self.path / "nodes"
 
@@ -99,6 +104,8 @@ def read_record(path: Path) -> RoundRecord:
     tuples: dict[str, Callable[[Any], Any]] = {
         "asked": tuple,
         "answered": tuple,
+        "stragglers": tuple,
+        "node_bytes": lambda pairs: {name: tuple(pair) for name, pair in pairs.items()},
         "refusals": lambda many: tuple(Refusal(**one) for one in many),
     }
     return RoundRecord(**{k: tuples[k](v) if k in tuples else v for k, v in fields.items()})

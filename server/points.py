@@ -17,7 +17,7 @@ import numpy as np
 
 from trellis.types import RoundRecord
 
-VERSION_PREFIXES = ("val/", "test/")
+VERSION_PREFIXES = ("val/", "test/", "test_tuned/")
 """Metrics under these are of a version, all others of a round."""
 
 
@@ -57,6 +57,7 @@ def of_round(record: RoundRecord) -> list[Point]:
         "round/closed": float(record.closed is not None),
         "comm/bytes_up": record.bytes_up,
         "comm/bytes_down": record.bytes_down,
+        "comm/stragglers": len(record.stragglers),
         "refusals/total": len(record.refusals),
     }
     values |= {f"refusals/{reason.replace('.', '_')}": count for reason, count in reasons.items()}
@@ -67,6 +68,7 @@ def of_round(record: RoundRecord) -> list[Point]:
         values["privacy/epsilon_max"] = max(record.epsilon.values())
     values |= record.findings
     points = [Point(clean(named(record, k)), float(v), record.round) for k, v in values.items()]
+    points += _spread("comm/node_seconds", _finite(record.node_seconds.values()), record.round, ("p50", "max"))
     points += _spread("update/norm", _finite(record.update_norms.values()), record.round, ("p50", "max"))
     return _sendable(points)
 
@@ -108,6 +110,9 @@ def _node_values(record: RoundRecord, node: str) -> dict[str, float]:
         "num_examples": record.num_examples,
         "privacy/epsilon": record.epsilon,
         "suspicion": record.suspicion,
+        "comm/seconds": record.node_seconds,
+        "comm/bytes_down": {name: down for name, (down, _) in record.node_bytes.items()},
+        "comm/bytes_up": {name: up for name, (_, up) in record.node_bytes.items()},
     }
     values = {key: column[node] for key, column in known.items() if node in column}
     if record.suspicion:  # there is a detector

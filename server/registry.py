@@ -28,16 +28,17 @@ MAX_ROWS = 100_000_000
 """A node that registers more is not believed."""
 
 
-def enrol(grid: Grid, ask: Ask, config: RunConfig, *, store: str) -> list[NodeInfo]:
+def enrol(grid: Grid, ask: Ask, config: RunConfig, *, schema: str = "", store: str) -> list[NodeInfo]:
     """Every connected node that the federation knows, sorted by name.
 
     Each registers the number of its rows, once a run, capped by its `max_examples` in the federation: every count it
     declares later is held against it, and it is its weight where rows are weighed (a node that registers none weighs
-    nothing).  A name that two nodes claim belongs to neither; left out are names the federation does not list and
+    nothing).  `schema` is the digest of the columns the sector declares: a node whose sector declares others is left
+    out.  A name that two nodes claim belongs to neither; left out are names the federation does not list and
     numbers of rows that cannot be.  Raises CohortTooSmall when no node is left.
     """
     specs = {spec.name: spec for spec in config.nodes.expand()}
-    content = _question(config, store)
+    content = _question(config, schema, store)
     ids = _connected(grid, len(specs))
     messages = [Message(content=content, message_type=MessageType.QUERY, dst_node_id=node_id) for node_id in ids]
     claims: dict[str, list[NodeInfo]] = {}
@@ -79,10 +80,11 @@ def _connected(grid: Grid, expected: int) -> list[int]:
     return ids
 
 
-def _question(config: RunConfig, store: str) -> RecordDict:
+def _question(config: RunConfig, schema: str, store: str) -> RecordDict:
     asked: dict[str, str | bool] = {
         "federation": canonical.encode(to_json(config.nodes)).decode(),
         "store": store,
+        wire.SCHEMA: schema,
         wire.NODE_CONFIG: canonical.encode(to_json(NodeTask.of(config))).decode(),
     }
     return RecordDict({wire.CONFIG: ConfigRecord({**asked})})

@@ -20,16 +20,17 @@ from flwr.serverapp import Grid
 
 from conf.load import load
 from conf.schema import DataSource, RunConfig, config_digest, to_json
+from sectors import schema
 from sectors.base import Sector
 from sectors.params import initial_arrays
-from server import build, checkpoint, registry, versions
+from server import build, checkpoint, registry, statistics, versions
 from server.folder import RunFolder
 from server.tracking import Delivery, RunInfo, TrackerLike, git_digest, make_tracker
 from strategies.exchange import Clock, StoppedClock, WallClock, door
 from strategies.flower import fresh_secret
 from trellis import wire
 from trellis.errors import ResumeError
-from trellis.types import RoundRecord, ServerState
+from trellis.types import NodeInfo, RoundRecord, ServerState
 from trellis.vectors import digest
 
 OnRound = Callable[[ServerState, RoundRecord], None]
@@ -66,6 +67,9 @@ class RunResult:
     records_pending: int = 0
     attack: dict[str, Any] | None = None
     """Of a simulation with liars: name, nodes, start_round, and the success_rate of a backdoor."""
+    nodes: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """By node, the primary metric on its own test rows: `federated`, `tuned` where it fine-tunes, and of a simulation
+    with baselines `local_only` and `pooled`; None where its rows cannot be scored."""
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     """Nodes that are asked no more: {"node", "round", "evidence"}, the round being the last they were asked in."""
 
@@ -84,11 +88,17 @@ def run(
     sector = build.check(config)
     started = time.monotonic()
     with _opened(config, sector, overrides) as (folder, run_id):
+        clock = clock_of(grid)
+        ask = door(grid, clock)
+        nodes = registry.enrol(grid, ask, config, schema=schema.digest(sector.schema), store=_store(folder))
+        asking = build.exchange(config, sector.all_statistic_specs(), clock)
+        # the run's configuration is kept as it was given; from here on it has what was fitted as well
+        config, sector = statistics.fitted(folder, config, sector, asking, nodes, ask, run_id)
         state = _restored(folder, config, sector, run_id, fresh_secret(grid))
         earlier_s = sum(r.seconds.get("total", 0.0) for r in _counted(folder, state))
         info = _run_info(folder, config, sector, state, engine_of(grid))
         with make_tracker(folder, config.tracking, info) as tracker:
-            state = _train(folder, config, sector, state, grid, tracker, on_round)
+            state = _train(folder, config, sector, state, grid, nodes, tracker, on_round)
             delivery = tracker.close(config.tracking.close_timeout_s)
         seconds = earlier_s + time.monotonic() - started
         result = summarise(folder, config, sector, state, delivery, engine_of(grid), seconds)
@@ -102,11 +112,12 @@ def _train(
     sector: Sector,
     state: ServerState,
     grid: Grid,
+    nodes: Sequence[NodeInfo],
     tracker: TrackerLike,
     on_round: OnRound | None,
 ) -> ServerState:
     """Every round still to be done, each committed to the folder.  -> the last state"""
-    clock, local_layers = clock_of(grid), _local_layers(sector)
+    local_layers = _local_layers(sector)
 
     def commit(after: ServerState, record: RoundRecord) -> None:
         if record.purpose == "train":
@@ -117,10 +128,13 @@ def _train(
         if on_round is not None:
             on_round(after, record)
 
-    strategy = build.strategy(config, sector, clock=clock, commit=commit, scratch=folder.path)
-    store = str(folder.nodes_path.resolve())
-    nodes = registry.enrol(grid, door(grid, clock), config, store=store)
+    strategy = build.strategy(config, sector, clock=clock_of(grid), commit=commit, scratch=folder.path)
     return strategy.run(grid, state, nodes, rounds=config.rounds)
+
+
+def _store(folder: RunFolder) -> str:
+    """Where simulated nodes keep what is theirs."""
+    return str(folder.nodes_path.resolve())
 
 
 def resumed(resume: str, overrides: Sequence[str], runs_dir: str) -> tuple[RunConfig, list[str]]:
@@ -340,5 +354,17 @@ def summarise(
         model_name=delivery.model_name,
         model_path=str(folder.version_path(state.round).resolve()),
         records_pending=delivery.pending,
+        nodes=_by_node(closing, sector) if closing else {},
         quarantined=_quarantined(records),
     )
+
+
+def _by_node(closing: RoundRecord, sector: Sector) -> dict[str, dict[str, float | None]]:
+    """The final model on each node's own test rows, of the nodes that have any."""
+    found: dict[str, dict[str, float | None]] = {}
+    for node, metrics in sorted(closing.node_metrics.items()):
+        if "test/loss" in metrics:
+            found[node] = {"federated": metrics.get(f"test/{sector.primary.name}")}
+        if "test_tuned/loss" in metrics:
+            found[node]["tuned"] = metrics.get(f"test_tuned/{sector.primary.name}")
+    return found

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from conf.schema import RunConfig, config_digest, to_json
+from conf.schema import RunConfig, config_digest, sector_options, to_json
 from trellis import canonical, vectors
 from trellis.errors import VersionError
 
@@ -106,7 +106,7 @@ class Card:
             round=round,
             digest=digest,
             sector=config.sector.name,
-            options=to_json(config.sector.options),
+            options=to_json(sector_options(config)),
             config_digest=config_digest(config),
             data_source=config.data.value,
             nodes=tuple(nodes),

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from strategies import checks
@@ -31,7 +32,7 @@ from trellis.vectors import Arrays, Layout, TensorSpec, Vector
 MAX_EVIDENCE = 300
 """Characters of a refusal's evidence that are kept."""
 
-_POLICY_REASONS = {code: reason for reason, code in POLICY_CODES.items()}
+_REASONS = {int(ErrorCode.NODE_UNAVAILABLE): "unavailable"} | {code: why for why, code in POLICY_CODES.items()}
 
 
 class Clock(Protocol):
@@ -108,6 +109,8 @@ class PlainExchange:
     counts: Mapping[str, TensorSpec] | None = None
     metrics: frozenset[str] | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    clock: Clock | None = None
+    """Times the replies; None: nobody asks how long a node took."""
     max_matrix_bytes: int = 8 << 30
     """A larger matrix lies in a file, mapped into memory."""
     scratch: Path | None = None
@@ -121,8 +124,13 @@ class PlainExchange:
         messages = self.messages(request, cohort, wire.to_record(base))
         replies = ask(messages, self.timeout_s)
         collected = self.read(request, cohort, replies, base=base)
-        down = wire.size_bytes(messages[0].content) * len(messages) if messages else 0
-        return replace(collected, bytes_down=down, seconds={"exchange": time.perf_counter() - started})
+        each = wire.size_bytes(messages[0].content) if messages else 0
+        return replace(
+            collected,
+            bytes_down=each * len(messages),
+            node_bytes={node.name: (each, collected.node_bytes.get(node.name, (0, 0))[1]) for node in cohort},
+            seconds={"exchange": time.perf_counter() - started},
+        )
 
     def messages(self, request: Request, cohort: Sequence[NodeInfo], arrays: ArrayRecord) -> list[Message]:
         """One message a node, all with the same content."""
@@ -153,7 +161,7 @@ class PlainExchange:
         expected = self.expected(request, base)
         shape = (len(cohort) if expected.trains else 0, expected.layout.dim)
         rows_nd = self._matrix.take(shape, max_bytes=self.max_matrix_bytes, folder=self.scratch)
-        ledger = _Ledger(cohort, expected, self._checks(cohort), rows_nd)
+        ledger = _Ledger(cohort, expected, self._checks(cohort), rows_nd, self.clock)
         for reply in replies:
             ledger.enter(reply)
         return ledger.collected()
@@ -221,7 +229,12 @@ class _Ledger:
         expected: checks.Expected,
         update_checks: tuple[checks.Check, ...],
         rows_nd: npt.NDArray[np.float32],
+        clock: Clock | None = None,
     ) -> None:
+        self._now = clock.now if clock is not None and not isinstance(clock, StoppedClock) else None
+        self._asked_at = self._now() if self._now else 0.0
+        self._node_seconds: dict[str, float] = {}
+        self._node_bytes: dict[str, tuple[int, int]] = {}
         self._cohort, self._expected, self._checks = cohort, expected, update_checks
         self._index = {node.node_id: i for i, node in enumerate(cohort)}
         self._rows_nd = rows_nd
@@ -240,14 +253,19 @@ class _Ledger:
             evidence = "a second reply to one message; the first counts"
             self._strays.append(Refusal(self._cohort[i].name, "duplicate", evidence))
         else:
-            self._bytes_up += wire.size_bytes(reply.content) if reply.has_content() else 0
+            name = self._cohort[i].name
+            size = wire.size_bytes(reply.content) if reply.has_content() else 0
+            self._bytes_up += size
+            self._node_bytes[name] = (0, size)
+            if self._now:
+                self._node_seconds[name] = self._now() - self._asked_at
             out = self._rows_nd[i] if self._expected.trains else None
-            result = _read_reply(self._cohort[i].name, reply, self._expected, self._checks, out)
+            result = _read_reply(name, reply, self._expected, self._checks, out)
             if isinstance(result, Refusal):
                 self._refusals[i] = result
             else:
                 # The vector lives in its row only.
-                self._updates[i] = replace(result, update_d=None)
+                self._updates[i] = replace(result, update_d=None, seconds=self._node_seconds.get(name, 0.0))
 
     def collected(self) -> Collected:
         """Close the books: who did not reply is late; good rows move together."""
@@ -268,6 +286,8 @@ class _Ledger:
             bytes_up=self._bytes_up,
             bytes_down=0,
             seconds={},
+            node_bytes=self._node_bytes,
+            node_seconds=self._node_seconds,
         )
 
 
@@ -285,7 +305,7 @@ def _read_reply(
 ) -> Update | Refusal:
     if reply.has_error():
         code, reason = reply.error.code, str(reply.error.reason)
-        return _refusal(node, _POLICY_REASONS.get(code, "error_reply"), reason)
+        return _refusal(node, _REASONS.get(code, "error_reply"), reason)
     try:
         update = checks.read_update(node, reply.content, expected, out=out)
     except WireError as error:

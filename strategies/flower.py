@@ -72,6 +72,8 @@ class RoundStrategy(Strategy):
     """Where rules compute: cpu is numpy, anything else a device of torch."""
     scoring: records.Scoring | None = None
     min_replies: int = 1
+    tunes: bool = False
+    """Whether nodes that train also test the last version fine-tuned on their own rows."""
     node_config: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     """Of the draws of `start` and of Flower's own loop; `run` takes the state's.  Their nodes have no names, so a
@@ -139,8 +141,9 @@ class RoundStrategy(Strategy):
         started_at = self.now()
         held_out, quarantined = [n for n in nodes if n.role is not Role.train], self._quarantined(state)
         cohort = sorted((n for n in held_out or nodes if n.name not in quarantined), key=lambda n: n.name)
-        judged = self._judge(state, cohort, ask, splits=("validation", "test"))
-        request = self.request(state, cohort, purpose="evaluate", splits=("validation", "test"))
+        splits = ("validation", "test", "test_tuned") if self.tunes else ("validation", "test")
+        judged = self._judge(state, cohort, ask, splits=splits)
+        request = self.request(state, cohort, purpose="evaluate", splits=splits)
         record = records.record(request, state, state, cohort, judged, None, self.scoring, started_at)
         record = replace(record, seconds={**judged.seconds, "total": sum(judged.seconds.values())})
         return replace(state, best=records.best(self.scoring, state, record)), record

@@ -24,7 +24,10 @@ from trellis.types import (
 )
 from trellis.vectors import digest, norm
 
-SPLIT_PREFIX = {"validation": "val", "test": "test"}
+SPLIT_PREFIX = {"validation": "val", "test": "test", "test_tuned": "test_tuned"}
+
+STRAGGLER_FACTOR = 2.0
+"""A node that takes this many times the median of its round made the others wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +71,18 @@ def record(
         update_norms={row.members[0]: _norm(row, norms) for row in collected.rows if len(row.members) == 1},
         bytes_up=collected.bytes_up + (judged.bytes_up if judged else 0),
         bytes_down=collected.bytes_down + (judged.bytes_down if judged else 0),
+        node_bytes={**(judged.node_bytes if judged else {}), **collected.node_bytes},
+        node_seconds={**(judged.node_seconds if judged else {}), **collected.node_seconds},
+        stragglers=stragglers(collected),
     )
+
+
+def stragglers(collected: Collected) -> tuple[str, ...]:
+    """Nodes a round waited for: those without a reply at the deadline, and those far slower than most."""
+    late = {refusal.node for refusal in collected.refusals if refusal.reason == "late"}
+    taken = {update.node: collected.node_seconds.get(update.node, 0.0) for update in collected.updates}
+    slow = STRAGGLER_FACTOR * float(np.median(list(taken.values()))) if taken else 0.0
+    return tuple(sorted(late | {node for node, seconds in taken.items() if seconds > slow > 0}))
 
 
 def _norm(row: Row, measured: Mapping[str, float | None]) -> float:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from trellis import canonical
 from trellis.vectors import Vector
 
-Purpose = Literal["train", "evaluate"]
+Purpose = Literal["train", "evaluate", "statistics"]
 Counts = dict[str, npt.NDArray[np.generic]]
 
 PROTOCOL = 1
@@ -26,7 +26,7 @@ PROTOCOL = 1
 
 REFUSALS = (
     "unknown_node", "error_reply", "late", "duplicate", "wrong_request", "wrong_records", "wrong_keys", "wrong_shape",
-    "wrong_dtype", "not_finite", "norm", "num_examples", "metrics", "counts", "oversize", "undecodable",
+    "wrong_dtype", "not_finite", "norm", "num_examples", "metrics", "counts", "oversize", "undecodable", "unavailable",
 )  # fmt: skip
 """Every reason for which the server turns a reply away.  A policy's refusal is listed under its own `policy.*` code."""
 
@@ -123,7 +123,8 @@ class Request:
     config: Mapping[str, Any]
     members: tuple[str, ...]
     splits: tuple[str, ...] = ("validation",)
-    """Which of its rows a node evaluates the base on."""
+    """Which of its rows a node evaluates the base on; "test_tuned": what the base is on them once the node has
+    fine-tuned it on its own training rows."""
     key_index: int | None = None
 
     def encode(self) -> bytes:
@@ -171,6 +172,7 @@ class Update:
     """Additive counts by split ("validation", "test")."""
     size_bytes: int = 0
     seconds: float = 0.0
+    """Between the question and this reply; virtual in simulation."""
     norm: float | None = None
     """Euclidean norm of `update_d`, measured once; None: not measured."""
 
@@ -196,6 +198,10 @@ class Collected:
     bytes_up: int
     bytes_down: int
     seconds: Mapping[str, float]
+    node_bytes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Payload bytes (down, up) of every node that was asked."""
+    node_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Between question and reply, of every node that replied in time; empty where time stands still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,3 +338,9 @@ class RoundRecord:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    node_bytes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Payload bytes (down, up) by node."""
+    node_seconds: Mapping[str, float] = field(default_factory=dict)
+    """Between question and reply, by node: virtual in the local engine, real in deployment."""
+    stragglers: tuple[str, ...] = ()
+    """Nodes that the round waited for: no reply before the deadline, or more than twice the median time."""

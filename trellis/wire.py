@@ -33,6 +33,8 @@ from trellis.vectors import Arrays, TensorSpec
 ARRAYS, METRICS, CONFIG, COUNTS, REPLY = "arrays", "metrics", "config", "counts", "reply"
 ROUND, REQUEST, NODE_CONFIG = "server-round", "request", "node-config"
 NUM_EXAMPLES, NUM_ROWS = "num-examples", "num-rows"
+SCHEMA = "schema"
+"""Digest of the columns that the sector declares, in an enrolment."""
 HEADER_BYTES = 1024
 """More than any .npy header of ours."""
 

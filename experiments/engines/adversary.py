@@ -28,7 +28,6 @@ from experiments import attacks
 from experiments.attacks import AttackSpec, Reply, View
 from experiments.attacks.view import State
 from experiments.engines.spying import Knowledge, Seen, Spy, arrays_in, asked_to_train, with_arrays
-from sectors import training
 from sectors.base import Sector
 from server import build
 from trellis import canonical
@@ -214,9 +213,8 @@ class Poisoner:
         rng = self.plot.rng(me.spec.name)
         options = self.plot.options_for(spec.fn)
         rows = spec.fn(node.data_of(me, task).train, num_classes=sector.num_classes, rng=rng, **options)
-        base = node.with_local(sector, task, shared, store_of(me), request.base)
-        seed = canonical.seed_for(task.seed, "train", request.round, me.spec.name)
-        return training.train(sector, task.training, base, rows, seed=seed, device=task.device).arrays
+        base = node.with_local(sector, task, shared, store_of(me), request.base, request.run)
+        return node.trained_on(task, base, rows, round=request.round, name=me.spec.name).arrays
 
 
 @dataclass(frozen=True, slots=True)

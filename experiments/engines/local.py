@@ -40,12 +40,20 @@ App = ClientApp | str | Callable[[], ClientApp]
 Delay = Callable[[int, Message, Message], float]
 """(index of the node, message, reply) -> seconds between sending and arrival; infinite: the reply is lost."""
 
+Reachable = Callable[[int, Message], bool]
+"""(index of the node, message) -> whether the node gets it."""
+
 SERVER_NODE_ID = 1
 
 
 def no_delay(index: int, message: Message, reply: Message) -> float:
     """Links that take no time."""
     return 0.0
+
+
+def always(index: int, message: Message) -> bool:
+    """Nodes that are never away."""
+    return True
 
 
 class VirtualClock:
@@ -87,6 +95,7 @@ class LocalGrid(Grid):
         node_config: Callable[[int], Mapping[str, bool | float | int | str]] | None = None,
         run_config: Mapping[str, bool | float | int | str] | None = None,
         delay_s: Delay = no_delay,
+        reachable: Reachable = always,
         last: Set[int] = frozenset(),
     ) -> None:
         if workers > 1 and isinstance(app, ClientApp):
@@ -109,6 +118,7 @@ class LocalGrid(Grid):
             for node_id, i in self._index.items()
         }
         self._delay_s = delay_s
+        self._reachable = reachable
         self._last = last
         self._waiting: deque[tuple[float, Message]] = deque()
         self._running: dict[Future[tuple[Message, Context | None]], tuple[float, Message]] = {}
@@ -153,9 +163,12 @@ class LocalGrid(Grid):
         for message in messages:
             sent = _own_copy(message)
             ids.append(sent.metadata.message_id)
-            if self._pool is not None:
+            index = self._index.get(sent.metadata.dst_node_id)
+            if index is not None and not self._reachable(index, sent):
+                self._deliver(self.clock.now(), sent, _away(sent))
+            elif self._pool is not None:
                 self._running[self._submit(self._pool, sent)] = (self.clock.now(), sent)
-            elif self._index.get(sent.metadata.dst_node_id) in self._last:
+            elif index in self._last:
                 last.append((self.clock.now(), sent))
             else:
                 self._waiting.append((self.clock.now(), sent))
@@ -250,6 +263,10 @@ class LocalGrid(Grid):
         self._order += 1
         if math.isfinite(delay):
             heapq.heappush(self._arrivals, _Arrival(sent_at + delay, self._order, reply))
+
+
+def _away(message: Message) -> Message:
+    return Message(Error(ErrorCode.NODE_UNAVAILABLE, "the node is away in this round"), reply_to=message)
 
 
 def call(app: ClientApp | None, message: Message, context: Context | None) -> tuple[Message, Context | None]:

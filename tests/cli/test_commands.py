@@ -249,7 +249,7 @@ def test_synthetic_rows_are_named_wherever_a_result_is_shown(capsys: pytest.Capt
     ("overrides", "said"),
     [
         (["rule=krumm"], "choose one of: bulyan, centered_clipping"),
-        (["sector=bank"], "banks, healthcare_wisconsin"),
+        (["sector=bank"], "banks, healthcare_heart"),
         (["rouns=3"], "did you mean rounds"),
         (["rounds=many"], "could not be converted to Integer"),
         (["rounds=0"], "must be at least 1"),

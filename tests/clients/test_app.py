@@ -40,7 +40,7 @@ class WithLocalHead(HealthcareWisconsin):
     """The last layer stays at the node."""
 
     def is_local(self, name: str) -> bool:
-        return name.startswith("2.")
+        return name.startswith("head.")
 
 
 @pytest.fixture(autouse=True)
@@ -372,12 +372,12 @@ def local_run(tmp_path: Path) -> Run:
 
 
 def test_local_tensors_never_leave_their_node(local_run: Run) -> None:
-    assert {k for k in local_run.start.params if k.startswith("2.")} == set()
+    assert {k for k in local_run.start.params if k.startswith("head.")} == set()
     reply = local_run.send(local_run.request(local_run.start), local_run.start.params)
     assert set(reply.content.array_records["arrays"]) == set(local_run.start.params)
-    head = NodeStore(local_run.store / "ash").local("another base")
+    head = NodeStore(local_run.store / "ash").local("another base", run="r")
     assert head is not None
-    assert {k[:2] for k in head} == {"2."}
+    assert {k.partition(".")[0] for k in head} == {"head"}
 
 
 def test_local_tensors_live_on_from_round_to_round_and_differ_between_nodes(local_run: Run) -> None:
@@ -385,14 +385,14 @@ def test_local_tensors_live_on_from_round_to_round_and_differ_between_nodes(loca
     for _ in range(2):
         state, record = local_run.round(state)
         assert record.refusals == ()
-        heads.append([NodeStore(local_run.store / n).local("another base") for n in NAMES])
+        heads.append([NodeStore(local_run.store / n).local("another base", run="r") for n in NAMES])
     digests = [digest(head) for round_ in heads for head in round_ if head is not None]
     assert len(set(digests)) == 6
 
 
 def test_training_starts_from_the_nodes_own_head(local_run: Run) -> None:
     state, _ = local_run.round()
-    kept = NodeStore(local_run.store / "ash").local("another base")
+    kept = NodeStore(local_run.store / "ash").local("another base", run="r")
     assert kept is not None
     loss = local_run.send(replace(local_run.request(state), purpose="evaluate"), state.params)
     own = {**state.params, **kept}
@@ -402,6 +402,14 @@ def test_training_starts_from_the_nodes_own_head(local_run: Run) -> None:
     expected = training.evaluate(local_run.sector, model, data.validation)
     found = wire.from_record(loss.content.array_records["counts"])["validation/loss_sum"]
     assert found == expected["loss_sum"]
+
+
+def test_another_run_does_not_start_from_the_head_of_this_one(local_run: Run) -> None:
+    state, _ = local_run.round()
+    mine = local_run.send(replace(local_run.request(state), purpose="evaluate"), state.params)
+    other = local_run.send(replace(local_run.request(state), purpose="evaluate", run="s"), state.params)
+    losses = [wire.from_record(r.content.array_records["counts"])["validation/loss_sum"] for r in (mine, other)]
+    assert losses[0] != losses[1]
 
 
 def test_a_repeated_round_starts_from_the_same_local_state(local_run: Run, trainings: list[int]) -> None:
@@ -422,8 +430,8 @@ def test_a_discarded_rounds_local_state_is_forgotten_when_its_base_comes_again(l
     closed, record = closing.round(after, local_run.nodes, local_run.ask)
     assert record.closed
     store = NodeStore(local_run.store / "ash")
-    kept = store.local(digest(closed.params))
-    fresh = store.local("another base")
+    kept = store.local(digest(closed.params), run="r")
+    fresh = store.local("another base", run="r")
     assert kept is not None
     assert fresh is not None
     assert digest(kept) != digest(fresh)

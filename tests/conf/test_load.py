@@ -117,13 +117,13 @@ def test_a_group_has_no_options_outside_its_folder(written: str, outside: str) -
 
 @pytest.mark.parametrize("written", ["sector=banks,{}", "sector={},banks", "sector=choice(banks,'{}')"])
 def test_each_option_of_a_sweep_must_be_shipped(written: str, outside: str) -> None:
-    with pytest.raises(ConfigError, match="choose one of: banks, healthcare_wisconsin"):
+    with pytest.raises(ConfigError, match="choose one of: banks, healthcare_heart"):
         sweep([written.format(outside)])
 
 
 @pytest.mark.parametrize("value", ["null", "1", "true", "{name: banks}", "", "banks.yaml"])
 def test_a_group_takes_the_name_of_an_option_and_nothing_else(value: str) -> None:
-    with pytest.raises(ConfigError, match="choose one of: banks, healthcare_wisconsin"):
+    with pytest.raises(ConfigError, match="choose one of: banks, healthcare_heart"):
         load([f"sector={value}"])
 
 

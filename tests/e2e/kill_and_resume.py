@@ -35,7 +35,7 @@ class WithLocalHead(HealthcareWisconsin):
     """The last layer stays at the node: then a node's own state must survive too."""
 
     def is_local(self, name: str) -> bool:
-        return name.startswith("2.")
+        return name.startswith("head.")
 
 
 def forked(folder: Path, overrides: list[str], *, kill_before: int | None) -> dict[str, Any] | None:

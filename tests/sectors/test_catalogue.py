@@ -23,7 +23,7 @@ def test_options_build_the_sector_and_lists_become_tuples() -> None:
 
 
 def test_an_unknown_sector_is_refused_with_the_names() -> None:
-    with pytest.raises(ConfigError, match=r"unknown sector 'bank'.*banks, healthcare_wisconsin"):
+    with pytest.raises(ConfigError, match=r"unknown sector 'bank'.*banks, healthcare_heart"):
         sectors.get("bank")
 
 

@@ -53,6 +53,7 @@ def test_everything_else_stands_at_the_round() -> None:
         ("round/seconds_collect", 3): 0.25,
         ("comm/bytes_up", 3): 100.0,
         ("comm/bytes_down", 3): 200.0,
+        ("comm/stragglers", 3): 0.0,
         ("refusals/total", 3): 1.0,
         ("refusals/policy_sector", 3): 1.0,
         ("update/aggregate_norm", 3): 1.5,

@@ -32,7 +32,7 @@ class WithLocalHead(HealthcareWisconsin):
     """The last layer stays at the node."""
 
     def is_local(self, name: str) -> bool:
-        return name.startswith("2.")
+        return name.startswith("head.")
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_local_layers_take_their_initial_values_and_are_no_part_of_it(monkeypatc
     monkeypatch.setitem(sys.modules, __name__, sys.modules[WithLocalHead.__module__])
     config = load([*OPTIONS, "sector.name=with_local_head"])
     state = start(config)
-    assert not [name for name in state.params if name.startswith("2.")]
+    assert not [name for name in state.params if name.startswith("head.")]
     update = reference(config, build.build_sector(config))
     assert update(state).shape == (Layout.of(state.params).dim,)
     assert np.array_equal(update(state), update(state)), "the head it trained is forgotten"

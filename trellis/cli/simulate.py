@@ -31,6 +31,7 @@ DEMO = ["experiment=demo"]
 RUNS_DIR = "runs"
 """Where runs are unless told otherwise: what need not be repeated in a next command."""
 SHOWN_REFUSALS = 10
+SHOWN_NODES = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +154,26 @@ def _cells(r: RunResult) -> dict[str, str]:
     }
 
 
+COLUMNS = {"local_only": "alone", "pooled": "pooled", "federated": "federated", "tuned": "fine-tuned"}
+
+
+def _node_table(r: RunResult) -> Table:
+    """Each node's own test rows under the models made with it and without it; the best one of a line is bold."""
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    shown = [key for key in COLUMNS if any(key in scores for scores in r.nodes.values())]
+    table.add_column(plain(f"test {r.primary_metric['name']} of"))
+    for key in shown:
+        table.add_column(COLUMNS[key], justify="right")
+    better = max if r.primary_metric["direction"] == "max" else min
+    for node, scores in list(r.nodes.items())[:SHOWN_NODES]:
+        best = better((v for v in scores.values() if v is not None), default=None)
+        cells = ((scores.get(key), "bold" if scores.get(key) == best else "") for key in shown)
+        table.add_row(plain(node), *(plain("-" if v is None else f"{v:.4f}", style) for v, style in cells))
+    if len(r.nodes) > SHOWN_NODES:
+        table.add_row(plain(f"... and {len(r.nodes) - SHOWN_NODES} more in {r.run_dir}/result.json"))
+    return table
+
+
 def _attack(found: dict[str, Any] | None) -> str:
     if found is None:
         return "-"
@@ -169,10 +190,9 @@ def _advise(r: RunResult, out: Console) -> None:
         name = r.primary_metric["name"]
         pooled = r.baselines["pooled"].get(name)
         line(f"pooled baseline: test {name} {pooled:.4f}" if pooled is not None else "pooled baseline: no test rows")
-        for node, value in r.baselines.get("local_only", {}).get("nodes", {}).items():
-            line(
-                f"  {node} alone: " + (f"{value:.4f}" if value is not None else "cannot be scored on its own test rows")
-            )
+    if any(len(scores) > 1 for scores in r.nodes.values()):
+        line("")
+        out.print(_node_table(r))
     for (node, reason), many in _grouped(r.refusals).items():
         line(f"refused    {node}, {len(many)} times: {reason} ({many[0]['evidence']})")
     for caught in r.quarantined:
