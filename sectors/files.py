@@ -88,13 +88,21 @@ def read_csv(path: Path, columns: Sequence[str | Column]) -> pd.DataFrame:
     declared = [Column(c) if isinstance(c, str) else c for c in columns]
     text = {c.name: str for c in declared if c.kind == "text"}
     try:
-        table = pd.read_csv(path, dtype=text, low_memory=False)
+        table = _read_csv(path, text)
     except (OSError, EOFError, ValueError, zlib.error) as error:  # pandas' parser errors are ValueErrors
         raise DataError(f"{path} cannot be read as {_packing(path)}CSV: {error}") from error
     if table.empty:
         raise DataError(f"{path} has no rows; needed are the columns {', '.join(c.name for c in declared)}")
     schema.check(table, declared, str(path))
     return table
+
+
+def _read_csv(path: Path, text: dict[str, type[str]]) -> pd.DataFrame:
+    """UTF-8, or Latin-1 where it is not: published copies of one file come in both."""
+    try:
+        return pd.read_csv(path, dtype=text, low_memory=False)
+    except UnicodeDecodeError:
+        return pd.read_csv(path, dtype=text, low_memory=False, encoding="latin-1")
 
 
 def read_text(path: Path, names: Sequence[str]) -> pd.DataFrame:

@@ -100,7 +100,10 @@ def test_a_damaged_gzip_is_a_data_error_that_names_the_file(root: Path) -> None:
         ("Time,V1,Amount\n0,0,0\n", r"own\.csv has no column V2, V3.*Class; needed are"),
         (",".join(COLUMNS) + "\n" + ",".join(["0"] * 29 + ["much", "0"]), "non-numeric values in column Amount"),
         (",".join(COLUMNS) + "\n" + ",".join(["0"] * 29 + ["", "0"]), "empty.* values in column Amount"),
-        (",".join(COLUMNS) + "\n" + ",".join(["0"] * 30 + ["2"]), "outside one of 0, 1 in column Class .1 of 1 rows, first row 1: 2"),
+        (
+            ",".join(COLUMNS) + "\n" + ",".join(["0"] * 30 + ["2"]),
+            "outside one of 0, 1 in column Class .1 of 1 rows, first row 1: 2",
+        ),
     ],
 )
 def test_a_table_of_another_schema_is_a_data_error(tmp_path: Path, content: str, message: str) -> None:
@@ -113,3 +116,9 @@ def test_a_table_of_another_schema_is_a_data_error(tmp_path: Path, content: str,
 def test_an_own_file_that_does_not_exist_is_missing_even_with_synthetic_data(tmp_path: Path) -> None:
     with pytest.raises(MissingData, match=r"none\.csv"):
         Banks().load(Place(0, 1, path=tmp_path / "none.csv", synthetic=True))
+
+
+def test_a_file_in_latin_1_is_read_too(tmp_path: Path) -> None:
+    path = tmp_path / "prices.csv"
+    path.write_bytes("code,price,label\na,1,£5\n".encode("latin-1"))
+    assert files.read_csv(path, ("price",))["label"].tolist() == ["£5"]
