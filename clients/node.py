@@ -116,20 +116,20 @@ def enrol(message: Message, context: Context) -> RecordDict:
     task = from_json(NodeTask, json.loads(str(asked[wire.NODE_CONFIG])))
     with suppress(PolicyRefusal):
         consent(node.spec, task)
-        _agree_on_schema(sector_of(task), str(asked.get(wire.SCHEMA, "")))
+        _agree_on_schema(node.spec.name, sector_of(task), str(asked.get(wire.SCHEMA, "")))
         data = data_of(node, task)
         reply[wire.NUM_EXAMPLES] = num_rows(data.train)
         reply[wire.NUM_ROWS] = sum(num_rows(data.split(name)) for name in SPLITS)
     return RecordDict({wire.REPLY: ConfigRecord({**reply})})
 
 
-def _agree_on_schema(sector: Sector, declared: str) -> None:
+def _agree_on_schema(name: str, sector: Sector, declared: str) -> None:
     """Raises DataError where the server's sector reads other columns, units or ranges than this node's."""
     own = schema.digest(sector.schema)
     if declared and declared != own:
         raise DataError(
-            f"the server's sector {sector.name} declares other columns, units or ranges (schema {declared[:12]}) than "
-            f"this node's (schema {own[:12]}): both need the same version of sectors/{sector.name}.py"
+            f"node {name}: the server's sector {sector.name} declares other columns, units or ranges (schema "
+            f"{declared[:12]}) than this node's (schema {own[:12]}): both need the same version of sectors/{sector.name}.py"
         )
 
 

@@ -571,6 +571,7 @@ def _hints(kind: type) -> dict[str, Any]:
 def config_digest(config: RunConfig) -> str:
     """sha256 of what the run computes: where it runs, how long and where it is recorded do not change it."""
     computed = {k: v for k, v in to_json(config).items() if k not in _PLACE}
+    computed["links"] = config.engine.links  # who takes part in a round follows from them
     # neither an operator's word on a node nor where a matrix lies makes it another run
     for group, key in (("suspicion", "released"), ("checks", "max_matrix_mb")):
         computed[group] = {k: v for k, v in computed[group].items() if k != key}

@@ -56,8 +56,8 @@ def local_only(
         alone = sector if statistics.given(config, sector) else sector.fitted_on(own.train)
         params = _trained(config, alone, own.train, spec.name, _used(config, own.train))
         nodes[spec.name] = _primary(alone, params, own.test)
-        everywhere.append(_score(alone, params, test)[sector.primary.name])
-    return {"nodes": nodes, "everywhere": sum(everywhere) / len(everywhere)}
+        everywhere += [value for value in (_primary(alone, params, test),) if value is not None]
+    return {"nodes": nodes, "everywhere": sum(everywhere) / len(everywhere) if everywhere else None}
 
 
 def _used(config: RunConfig, rows: Rows) -> int:

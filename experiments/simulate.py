@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from conf.load import load
-from conf.schema import EngineName, NodeSpec, NodeTask, RunConfig
+from conf.schema import DataSource, EngineName, NodeSpec, NodeTask, RunConfig
 from experiments import baselines
 from experiments.attacks import outcome
 from experiments.engines.adversary import Plot, attacked_app, plot_of
@@ -34,7 +35,8 @@ def simulate(overrides: Sequence[str], *, on_round: OnRound | None = None) -> Ru
     plot = plot_of(config, sector)
     _check_data(config, sector)
     result = _run(config, plot, list(overrides), on_round)
-    sector = statistics.of_run(RunFolder(Path(result.run_dir)), sector)
+    found_ = statistics.of_run(RunFolder(Path(result.run_dir)))
+    sector = sector.fitted(found_.options) if found_ is not None else sector
     found: dict[str, Any] = {}
     if config.baselines:
         found["baselines"] = compared = baselines.baselines(config, sector)
@@ -111,7 +113,7 @@ def _check_data(config: RunConfig, sector: Sector) -> None:
         raise DataError("no node has validation rows: raise validation_fraction, or hold nodes out for validation")
     if sector.num_classes is not None:
         _check_classes(sector, specs, task, data)
-    _check_identifiers(sector, specs)
+    _check_identifiers(config, sector, specs)
 
 
 def _loaded(sector: Sector, spec: NodeSpec, task: NodeTask) -> NodeData:
@@ -148,18 +150,33 @@ def _named(labels: set[Any]) -> str:
     return ", ".join(f"y = {label:g}" for label in sorted(labels)) or "none"
 
 
-def _check_identifiers(sector: Sector, specs: Sequence[NodeSpec]) -> None:
-    """Refuse one person, customer or engine in the files of two nodes: rows about them would train and test at once."""
-    column = sector.identifier
-    owners: dict[Any, NodeSpec] = {}
-    for spec in specs if column is not None else ():
+def _check_identifiers(config: RunConfig, sector: Sector, specs: Sequence[NodeSpec]) -> None:
+    """Refuse one person, customer or engine at two nodes: rows about them would train and test at once.
+
+    The shared file is divided by the sector, which keeps each at one node; files of nodes' own may hold anyone.
+    """
+    known: dict[Any, str] = {}
+    files: dict[Path, str] = {}
+    if any(spec.data_path for spec in specs) and not all(spec.data_path for spec in specs):
+        shared = sector.generate() if config.data is DataSource.synthetic else sector.read(sector.files())
+        known |= dict.fromkeys(_identifiers(sector, shared), "the shared data")
+    for spec in specs:
         if spec.data_path is None:
             continue
-        table = sector.read((Path(spec.data_path),))
-        for identifier in np.unique(np.asarray(table[column])):
-            other = owners.setdefault(identifier, spec)
-            if other is not spec:
+        path = Path(spec.data_path).resolve()
+        if path in files:
+            raise DataError(f"node {spec.name}: {spec.data_path} is the file of node {files[path]} already")
+        files[path] = spec.name
+        own = _identifiers(sector, sector.read((path,)))
+        for identifier in own:
+            if identifier in known:
                 raise DataError(
-                    f"node {spec.name}: {spec.data_path} holds {str(identifier)[:40]!r} in column {column}, which "
-                    f"{other.data_path} of node {other.name} holds too: each may be at one node only"
+                    f"node {spec.name}: {spec.data_path} holds {str(identifier)[:40]!r} in column {sector.identifier}, "
+                    f"which {known[identifier]} holds too: each may be at one node only"
                 )
+        known |= dict.fromkeys(own, f"{spec.data_path} of node {spec.name}")
+
+
+def _identifiers(sector: Sector, table: Any) -> list[Any]:
+    """The different identifiers of a raw table; none where the sector has none."""
+    return list(pd.unique(pd.Series(table[sector.identifier]).dropna())) if sector.identifier else []

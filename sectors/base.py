@@ -211,7 +211,10 @@ class Sector(ABC):
     ) -> npt.NDArray[np.int8]:
         """(n,) index into SPLITS of each row of a node that trains, validates and tests."""
         split = fixed.copy()
-        own = np.flatnonzero(fixed == OWN)
+        free = fixed == OWN
+        if groups is not None:  # what belongs to a row that is set aside for testing must not train, nor test twice
+            free &= ~np.isin(groups, groups[fixed == TEST])
+        own = np.flatnonzero(free)
         labels, groups = self.labels(take(rows, own)), None if groups is None else groups[own]
         if self.num_folds:
             drawn = partition.fold_split(labels, self.num_folds, self.fold, self.validation_fraction, rng, groups)
@@ -333,6 +336,10 @@ class Sector(ABC):
         """
         return {}
 
+    def statistics_problem(self, counts: Counts) -> str | None:
+        """Why no rows can have these statistics, or None.  Shapes, and bounds per row, have been checked."""
+        return None
+
     def fit(self, totals: Counts) -> dict[str, Any]:
         """Summed statistics -> values for this sector's options (a scaler, a vocabulary), of JSON's types."""
         return {}
@@ -394,9 +401,10 @@ class Sector(ABC):
 
     def is_local(self, name: str) -> bool:
         """Whether the tensor `name` stays at the node (never sent, never aggregated)."""
-        return any(fnmatchcase(name, pattern) for pattern in self._local_patterns())
+        return any(fnmatchcase(name, pattern) for pattern in self.local_patterns())
 
-    def _local_patterns(self) -> list[str]:
+    def local_patterns(self) -> list[str]:
+        """`local_layers` with the head's patterns in the place of "head"."""
         return [p for given in self.local_layers for p in (self.head if given == "head" else (given,))]
 
 

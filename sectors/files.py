@@ -5,11 +5,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import os
-import zipfile
+import warnings
 import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ import pandas as pd
 from sectors import schema
 from sectors.schema import Column
 from trellis.errors import DataError, MissingData
+
+EMPTY = ("", "NA", "N/A", "NaN", "nan", "null", "?")
+"""Cells of a column of numbers that hold none."""
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -89,6 +93,10 @@ def read_csv(path: Path, columns: Sequence[str | Column]) -> pd.DataFrame:
     text = {c.name: str for c in declared if c.kind == "text"}
     try:
         table = _read_csv(path, text)
+    except pd.errors.ParserWarning as error:
+        raise DataError(
+            f"{path} has rows with more cells than its header has names: a decimal comma, or a separator in a text?"
+        ) from error
     except (OSError, EOFError, ValueError, zlib.error) as error:  # pandas' parser errors are ValueErrors
         raise DataError(f"{path} cannot be read as {_packing(path)}CSV: {error}") from error
     if table.empty:
@@ -98,11 +106,29 @@ def read_csv(path: Path, columns: Sequence[str | Column]) -> pd.DataFrame:
 
 
 def _read_csv(path: Path, text: dict[str, type[str]]) -> pd.DataFrame:
-    """UTF-8, or Latin-1 where it is not: published copies of one file come in both."""
-    try:
-        return pd.read_csv(path, dtype=text, low_memory=False)
-    except UnicodeDecodeError:
-        return pd.read_csv(path, dtype=text, low_memory=False, encoding="latin-1")
+    """UTF-8, or Latin-1 where it is not: published copies of one file come in both.
+
+    More cells than the header has names are refused, where pandas would take the first ones for an index.
+    """
+    names = _names(path)
+    options: dict[str, Any] = {
+        "dtype": text,
+        "low_memory": False,
+        "index_col": False,
+        "keep_default_na": False,
+        # a text may be NA: the country, the initials
+        "na_values": {name: [""] if name in text else list(EMPTY) for name in names},
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)
+        try:
+            return pd.read_csv(path, **options)
+        except UnicodeDecodeError:
+            return pd.read_csv(path, encoding="latin-1", **options)
+
+
+def _names(path: Path) -> list[str]:
+    return [str(name) for name in pd.read_csv(path, nrows=0, encoding="latin-1", index_col=False).columns]
 
 
 def read_text(path: Path, names: Sequence[str]) -> pd.DataFrame:
@@ -144,7 +170,9 @@ def read_npz(path: Path, keys: Sequence[str]) -> dict[str, npt.NDArray[np.generi
                     f"{path} has no array {', '.join(missing)}; needed are {', '.join(keys)}, found {found}"
                 )
             return {key: archive[key] for key in keys}
-    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, AttributeError, TypeError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged archive breaks zipfile and numpy in every way there is
         raise DataError(f"{path} cannot be read as .npz: {error}") from error
 
 

@@ -151,14 +151,14 @@ def fold_split(
     return rest[train], rest[validation], np.flatnonzero(tests)
 
 
-def by_owner(owner: npt.NDArray[np.int64], num_parts: int, what: str) -> Index:
+def by_owner(owner: npt.NDArray[np.int64], num_parts: int, what: str, num_owners: int = 0) -> Index:
     """Natural owners as parts.  (n,) owner 0..k-1 of each row -> (n,) part.
 
     With as many parts as owners each has its own, in their order.  With fewer the smallest owners share the last part
     and the others keep their order.  Raises DataError when there are more parts than owners; `what` names the owners
-    ("hospitals") and what to do about it.
+    ("hospitals") and what to do about it; `num_owners` counts owners without rows too.
     """
-    sizes = np.bincount(owner)
+    sizes = np.bincount(owner, minlength=num_owners)
     if num_parts > len(sizes):
         raise DataError(f"{len(owner)} rows cannot be divided into {num_parts} parts: they have {len(sizes)} {what}")
     largest = np.sort(np.argsort(-sizes, kind="stable")[: num_parts - 1]) if num_parts < len(sizes) else None

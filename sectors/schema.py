@@ -47,6 +47,10 @@ class Column:
     shape: tuple[int, ...] = ()
     """Of one row's value: () a number or a text, (28, 28) an image."""
 
+    def __post_init__(self) -> None:
+        if self.categories and all(isinstance(value, str) for value in self.categories):
+            object.__setattr__(self, "kind", "text")
+
     @property
     def range(self) -> str:
         """The bounds or categories in words; "" where there are none."""
@@ -66,9 +70,15 @@ def digest(columns: Sequence[Column]) -> str:
 
 
 def without_codes(table: pd.DataFrame, columns: Sequence[Column]) -> pd.DataFrame:
-    """The table with NaN where a column holds a code for "not measured"."""
+    """The table with NaN where a column holds a code for "not measured", or a blank text."""
     coded = {c.name: table[c.name].where(~table[c.name].isin(c.missing)) for c in columns if c.missing}
+    texts = [c.name for c in columns if c.kind == "text" and c.optional]
+    coded |= {name: table[name].where(~_blank(table[name])) for name in texts}
     return table.assign(**coded) if coded else table
+
+
+def _blank(values: pd.Series) -> pd.Series:
+    return values.isna() | (values.astype(str).str.strip() == "")
 
 
 def check(table: Table, columns: Sequence[Column], origin: str) -> None:
@@ -77,6 +87,10 @@ def check(table: Table, columns: Sequence[Column], origin: str) -> None:
     if missing:
         needed = ", ".join(c.name for c in columns)
         raise DataError(f"{origin} has no column {', '.join(missing)}; needed are {needed}")
+    lengths = {c.name: len(np.atleast_1d(np.asarray(table[c.name]))) for c in columns}
+    if len(set(lengths.values())) > 1:
+        said = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise DataError(f"{origin} holds columns of different lengths ({said}): needed is one value a row in each")
     # of all columns at once: an owner mends a file in one go
     problems = [p for p in (_problem(table[c.name], c) for c in columns) if p]
     if problems:
@@ -88,8 +102,11 @@ def _problem(values: Any, column: Column) -> str | None:
     if column.kind == "text":
         return _text_problem(pd.Series(values), column)
     array = np.asarray(values)
-    if array.ndim > 0 and array.shape[1:] != column.shape and column.shape:
-        return f"values of shape {array.shape[1:]} in column {column.name}, needed is {column.shape}"
+    if array.ndim == 0 or array.shape[1:] != column.shape:
+        found = f"values of shape {array.shape[1:]}" if array.ndim else "a single value"
+        return f"{found} in column {column.name}, needed is {column.shape or 'a number'}"
+    if array.dtype.kind == "O" and not _not_numbers(values):
+        array = pd.to_numeric(pd.Series(array.reshape(-1)), errors="coerce").to_numpy(np.float64).reshape(array.shape)
     if array.dtype.kind not in "biuf":
         odd = _not_numbers(values)
         return f"non-numeric values in column {column.name}{odd}"
@@ -131,7 +148,7 @@ def _range_problem(array: npt.NDArray[Any], column: Column) -> str | None:
 
 
 def _text_problem(values: pd.Series, column: Column) -> str | None:
-    empty = values.isna().to_numpy() | (values.astype(str).str.strip() == "").to_numpy()
+    empty = _blank(values).to_numpy()
     if empty.any() and not column.optional:
         rows = f"{int(empty.sum())} of {len(values)} rows, first row {_first(empty)}"
         return f"empty values in column {column.name} ({rows})"

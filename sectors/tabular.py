@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from sectors import files, partition
+from sectors import files, moments, partition
 from sectors import schema as schemas
 from sectors.base import Batch, Pooled, Rows
 from sectors.binary import Binary, mlp
@@ -60,7 +60,8 @@ class Tabular(Binary):
     """Its values: the first site is the first node, and so on."""
 
     partition: str = "site"
-    """site: each site is a node; dirichlet: nodes differ in their share of positives; uniform."""
+    """site: each site is a node (uniform, where there is no such column); dirichlet: nodes differ in their share of
+    positives; uniform."""
     alpha: float = 0.5
     """Dirichlet concentration: smaller is less alike."""
     min_rows: int = 5
@@ -74,6 +75,8 @@ class Tabular(Binary):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for column in cls.inputs:
+            if column.missing and not column.optional:
+                raise TypeError(f"{cls.__name__}: the input {column.name} may be missing: declare it optional=True")
             if column.categories is None and (column.low is None or column.high is None):
                 raise TypeError(f"{cls.__name__}: the input {column.name} needs low and high, or categories")
         owner = (Column(cls.site, kind="text", categories=cls.sites),) if cls.site else ()
@@ -82,13 +85,18 @@ class Tabular(Binary):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = (*(("site",) if self.site else ()), "dirichlet", "uniform")
+        known = ("site", "dirichlet", "uniform")
         if self.partition not in known:
             raise ConfigError(f"sector {self.name}: no partition {self.partition!r}; there are {', '.join(known)}")
         if self.alpha <= 0 or min((1, *self.hidden)) < 1 or self.synthetic_rows < 1 or self.min_rows < 1:
             raise ConfigError(f"sector {self.name}: alpha, hidden, synthetic_rows and min_rows must be above 0")
-        if len(self.centre) != len(self.scale) or (self.scale and min(self.scale) <= 0):
-            raise ConfigError(f"sector {self.name}: centre and scale are one value a number, scale above 0")
+        k, fitted = len(self.numbers), (*self.centre, *self.scale)
+        lengths = (len(self.centre), len(self.scale))
+        if lengths not in ((0, 0), (k, k)) or not np.isfinite(fitted).all() or min(self.scale, default=1.0) <= 0:
+            raise ConfigError(
+                f"sector {self.name}: centre and scale have {lengths[0]} and {lengths[1]} values; needed is one for "
+                f"each of {', '.join(c.name for c in self.numbers)}, finite, scale above 0, or none at all"
+            )
 
     # ------------------------------------------------------------ columns
 
@@ -130,11 +138,11 @@ class Tabular(Binary):
     def owners(self, pooled: Pooled, num_parts: int) -> npt.NDArray[np.int64]:
         labels = pooled.rows["y"]
         match self.partition:
-            case "site":
+            case "site" if self.site is not None:
                 index = {name: i for i, name in enumerate(self.sites)}
                 owner = np.array([index[name] for name in pooled.keys[self.site]], np.int64)
                 what = f"sites ({', '.join(self.sites)}): use as many nodes, or sector.options.partition=uniform"
-                return partition.by_owner(owner, num_parts, what)
+                return partition.by_owner(owner, num_parts, what, len(self.sites))
             case "dirichlet":
                 return partition.by_dirichlet(labels, num_parts, self.alpha, self.rng("partition"), self.min_rows)
             case _:
@@ -158,30 +166,19 @@ class Tabular(Binary):
 
     def statistic_specs(self) -> tuple[CountSpec, ...]:
         """For each number: how many values there are, and sums of them and of their squares on the scale 0 to 1."""
-        k = len(self.numbers)
-        if not k:
-            return ()
-        return (
-            CountSpec("known", (k,), "int64", k),
-            CountSpec("sums", (k,), "float64", k),
-            CountSpec("squares", (k,), "float64", k),
-        )
+        return moments.specs(len(self.numbers)) if self.numbers else ()
 
     def statistics(self, rows: Rows) -> Counts:
         low, high = self._ranges
         values = rows["x"][:, : len(low)].astype(np.float64)
-        unit = ((values - low) / (high - low)).clip(0.0, 1.0)
-        return {
-            "known": np.isfinite(values).sum(axis=0, dtype=np.int64),
-            "sums": np.nansum(unit, axis=0),
-            "squares": np.nansum(unit**2, axis=0),
-        }
+        return moments.of(((values - low) / (high - low)).clip(0.0, 1.0))
+
+    def statistics_problem(self, counts: Counts) -> str | None:
+        return moments.problem(counts, int(counts["rows"]))
 
     def fit(self, totals: Counts) -> dict[str, Any]:
         low, high = self._ranges
-        known = np.maximum(totals["known"], 1).astype(np.float64)
-        mean = totals["sums"] / known
-        deviation = np.sqrt(np.maximum(totals["squares"] / known - mean**2, 0.0))
+        mean, deviation = moments.mean_and_deviation(totals)
         centre, scale = _declared(low, high)
         seen = totals["known"] > 0
         return {

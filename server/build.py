@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,21 @@ def build_sector(config: RunConfig) -> Sector:
     """The run's sector.  Raises ConfigError where a layer that is to stay local is none of its model's."""
     sector = sectors.get(config.sector.name, sector_options(config))
     if sector.local_layers:
-        names = list(sector.build_model().state_dict())
-        if not any(sector.is_local(name) for name in names) or all(sector.is_local(name) for name in names):
-            raise ConfigError(
-                f"heterogeneity.local_layers={list(sector.local_layers)} leaves all or none of sector {sector.name}'s "
-                f"tensors at the nodes; its tensors are {', '.join(names)}, its head is "
-                f"{', '.join(sector.head) or 'not named'}"
-            )
+        _check_local_layers(sector)
     return sector
+
+
+def _check_local_layers(sector: Sector) -> None:
+    """Every pattern fits a tensor; some tensors stay at the nodes and some are shared."""
+    names = list(sector.build_model().state_dict())
+    idle = [p for p in sector.local_patterns() if not any(fnmatchcase(name, p) for name in names)]
+    local = sum(sector.is_local(name) for name in names)
+    if idle or local in (0, len(names)):
+        wrong = f"{', '.join(map(repr, idle))} fits no tensor" if idle else "nothing would be shared"
+        raise ConfigError(
+            f"heterogeneity.local_layers={list(sector.local_layers)}: {wrong} of sector {sector.name}; its tensors are "
+            f"{', '.join(names)}, its head is {', '.join(sector.head) or 'not named'}"
+        )
 
 
 def strategy(

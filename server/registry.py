@@ -45,7 +45,7 @@ def enrol(grid: Grid, ask: Ask, config: RunConfig, *, schema: str = "", store: s
     problems: list[str] = []
     for reply in ask(messages, min(config.round_timeout_s, ANSWER_TIMEOUT_S)):
         if reply.has_error():
-            problems.append(str(reply.error.reason)[:200])
+            problems.append(str(reply.error.reason)[:500])
             continue
         answer = reply.content.config_records.get(wire.REPLY, ConfigRecord())
         spec = specs.get(str(answer.get("name")))

@@ -25,6 +25,7 @@ from sectors.base import Sector
 from sectors.params import initial_arrays
 from server import build, checkpoint, registry, statistics, versions
 from server.folder import RunFolder
+from server.statistics import Fitted
 from server.tracking import Delivery, RunInfo, TrackerLike, git_digest, make_tracker
 from strategies.exchange import Clock, StoppedClock, WallClock, door
 from strategies.flower import fresh_secret
@@ -92,16 +93,16 @@ def run(
         ask = door(grid, clock)
         nodes = registry.enrol(grid, ask, config, schema=schema.digest(sector.schema), store=_store(folder))
         asking = build.exchange(config, sector.all_statistic_specs(), clock)
-        # the run's configuration is kept as it was given; from here on it has what was fitted as well
-        config, sector = statistics.fitted(folder, config, sector, asking, nodes, ask, run_id)
-        state = _restored(folder, config, sector, run_id, fresh_secret(grid))
+        found = statistics.fitted(folder, config, sector, asking, nodes, ask, run_id)
+        sector = sector.fitted(found.options)
+        state = _restored(folder, config, sector, found, run_id, fresh_secret(grid))
         earlier_s = sum(r.seconds.get("total", 0.0) for r in _counted(folder, state))
         info = _run_info(folder, config, sector, state, engine_of(grid))
         with make_tracker(folder, config.tracking, info) as tracker:
-            state = _train(folder, config, sector, state, grid, nodes, tracker, on_round)
+            state = _train(folder, config, sector, found, state, grid, nodes, tracker, on_round)
             delivery = tracker.close(config.tracking.close_timeout_s)
         seconds = earlier_s + time.monotonic() - started
-        result = summarise(folder, config, sector, state, delivery, engine_of(grid), seconds)
+        result = summarise(folder, config, sector, found, state, delivery, engine_of(grid), seconds)
         folder.write_json(folder.result_path, asdict(result))
         return result
 
@@ -110,6 +111,7 @@ def _train(
     folder: RunFolder,
     config: RunConfig,
     sector: Sector,
+    found: Fitted,
     state: ServerState,
     grid: Grid,
     nodes: Sequence[NodeInfo],
@@ -121,14 +123,15 @@ def _train(
 
     def commit(after: ServerState, record: RoundRecord) -> None:
         if record.purpose == "train":
-            versions.write_version(folder, after.round, after.params, _card(config, local_layers, after, record))
+            versions.write_version(folder, after.round, after.params, _card(config, found, local_layers, after, record))
         folder.write_record(record)
         checkpoint.save(folder.state_path, after)
         tracker.notify()
         if on_round is not None:
             on_round(after, record)
 
-    strategy = build.strategy(config, sector, clock=clock_of(grid), commit=commit, scratch=folder.path)
+    fitted = statistics.with_fitted(config, found)
+    strategy = build.strategy(fitted, sector, clock=clock_of(grid), commit=commit, scratch=folder.path)
     return strategy.run(grid, state, nodes, rounds=config.rounds)
 
 
@@ -243,7 +246,9 @@ def _new_name(config: RunConfig) -> str:
     return f"{config.sector.name}-{config.rule.name}-{stamp}-{secrets.token_hex(2)}"
 
 
-def _restored(folder: RunFolder, config: RunConfig, sector: Sector, run_id: str, secret: str) -> ServerState:
+def _restored(
+    folder: RunFolder, config: RunConfig, sector: Sector, found: Fitted, run_id: str, secret: str
+) -> ServerState:
     """The last committed state, or the first one, committed now."""
     if folder.state_path.exists():
         state = checkpoint.load(folder.state_path)
@@ -255,7 +260,7 @@ def _restored(folder: RunFolder, config: RunConfig, sector: Sector, run_id: str,
     arrays = initial_arrays(sector, config.seed)
     shared = {name: a for name, a in arrays.items() if not sector.is_local(name)}
     state = ServerState(run=run_id, round=0, params=shared, seed=config.seed, secret=secret)
-    versions.write_version(folder, 0, state.params, _card(config, _local_layers(sector), state, None))
+    versions.write_version(folder, 0, state.params, _card(config, found, _local_layers(sector), state, None))
     checkpoint.save(folder.state_path, state)
     return state
 
@@ -266,12 +271,13 @@ def _local_layers(sector: Sector) -> list[str]:
 
 
 def _card(
-    config: RunConfig, local_layers: Sequence[str], state: ServerState, record: RoundRecord | None
+    config: RunConfig, found: Fitted, local_layers: Sequence[str], state: ServerState, record: RoundRecord | None
 ) -> versions.Card:
     """The card of the version that `record` made; the initial version has no record and no contributors."""
     stepped = record is not None and record.closed is None
     return versions.Card.of(
         config,
+        fitted=found.options,
         run=state.run,
         round=state.round,
         digest=digest(state.params),
@@ -314,6 +320,7 @@ def summarise(
     folder: RunFolder,
     config: RunConfig,
     sector: Sector,
+    found: Fitted,
     state: ServerState,
     delivery: Delivery,
     engine: str,
@@ -344,10 +351,13 @@ def summarise(
         baselines=None,
         model_digest=digest(state.params),
         model_version=delivery.versions.get(state.round),
-        refusals=[{"round": r.round, **asdict(refusal)} for r in records for refusal in r.refusals],
+        refusals=[
+            *({"round": 0, **asdict(refusal)} for refusal in found.refusals),
+            *({"round": r.round, **asdict(refusal)} for r in records for refusal in r.refusals),
+        ],
         seconds=round(seconds, 3),
-        bytes_up=sum(r.bytes_up for r in records),
-        bytes_down=sum(r.bytes_down for r in records),
+        bytes_up=found.bytes_up + sum(r.bytes_up for r in records),
+        bytes_down=found.bytes_down + sum(r.bytes_down for r in records),
         epsilon_max=max(epsilons) if epsilons else None,
         best=asdict(state.best) if state.best else None,
         metrics=metrics,
@@ -366,5 +376,5 @@ def _by_node(closing: RoundRecord, sector: Sector) -> dict[str, dict[str, float 
         if "test/loss" in metrics:
             found[node] = {"federated": metrics.get(f"test/{sector.primary.name}")}
         if "test_tuned/loss" in metrics:
-            found[node]["tuned"] = metrics.get(f"test_tuned/{sector.primary.name}")
+            found.setdefault(node, {})["tuned"] = metrics.get(f"test_tuned/{sector.primary.name}")
     return found

@@ -3,23 +3,41 @@
 Every training node replies additive statistics of its training rows (sums and counts per feature, in how many rows a
 code was bought); their sum gives the scaler or the vocabulary of the run, as values of the sector's options.  It goes
 through the run's own exchange with the limits of each statistic per row, so that whatever hides or checks counts hides
-and checks these.  What was fitted is kept in the run's folder: a resumed run asks nobody again.
+and checks these; and each node's statistics must be such as rows can have (`Sector.statistics_problem`): a sum bounds
+what one liar can do only where no single reply is impossible.  What was fitted is kept in the run's folder: a resumed
+run asks nobody again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from logging import WARNING
 from typing import Any
+
+from flwr.common import log
 
 from conf.schema import NodeTask, RunConfig, to_json
 from sectors.base import Sector
 from server.folder import RunFolder
 from strategies.exchange import Ask, Exchange
-from trellis.errors import CohortTooSmall
-from trellis.types import Counts, NodeInfo, Request, Role
+from trellis.errors import CohortTooSmall, ResumeError
+from trellis.types import NodeInfo, Refusal, Request, Role
 from trellis.vectors import digest
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """What the statistics round came to: values of the sector's options, of whose rows, and who was turned away."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    nodes: tuple[str, ...] = ()
+    rows: int = 0
+    refusals: tuple[Refusal, ...] = ()
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
 def fitted(
@@ -30,20 +48,26 @@ def fitted(
     nodes: Sequence[NodeInfo],
     ask: Ask,
     run: str,
-) -> tuple[RunConfig, Sector]:
-    """The run's configuration and sector with what is fitted.  Asks the nodes once a run.
+) -> Fitted:
+    """What the run's sector is fitted to; nothing where it fits nothing.  Asks the nodes once a run.
 
-    Raises CohortTooSmall when fewer than `min_replies` of them answer.
+    Raises CohortTooSmall when fewer than `min_replies` of them answer, ResumeError when the folder's file is damaged.
     """
     if not sector.statistic_specs() or given(config, sector):
-        return config, sector
-    options = _kept(folder)
-    if options is None:
-        totals, names = _ask(config, sector, exchange, nodes, ask, run)
-        options = sector.fit(totals)
-        folder.write_json(folder.statistics_path, {"options": options, "nodes": names, "rows": int(totals["rows"])})
-    known = dataclasses.replace(config.sector, options={**config.sector.options, **options})
-    return dataclasses.replace(config, sector=known), sector.fitted(options)
+        return Fitted()
+    found = of_run(folder)
+    if found is None:
+        found = _ask(config, sector, exchange, nodes, ask, run)
+        for refusal in found.refusals:
+            log(WARNING, "statistics: refused %s: %s, %s", refusal.node, refusal.reason, refusal.evidence)
+        folder.write_json(folder.statistics_path, dataclasses.asdict(found))
+    return found
+
+
+def with_fitted(config: RunConfig, found: Fitted) -> RunConfig:
+    """The configuration that nodes and versions get: what was given, and what was fitted."""
+    options = {**config.sector.options, **found.options}
+    return dataclasses.replace(config, sector=dataclasses.replace(config.sector, options=options))
 
 
 def given(config: RunConfig, sector: Sector) -> bool:
@@ -51,24 +75,22 @@ def given(config: RunConfig, sector: Sector) -> bool:
     return any(config.sector.options.get(name) for name in sector.fitted_options)
 
 
-def of_run(folder: RunFolder, sector: Sector) -> Sector:
-    """The sector as a finished run fitted it."""
-    options = _kept(folder)
-    return sector if options is None else sector.fitted(options)
-
-
-def _kept(folder: RunFolder) -> dict[str, Any] | None:
+def of_run(folder: RunFolder) -> Fitted | None:
+    """What a run was fitted to; None before it was.  Raises ResumeError when its file is damaged."""
     try:
-        found: dict[str, Any] = json.loads(folder.statistics_path.read_bytes())["options"]
+        kept = json.loads(folder.statistics_path.read_bytes())
+        kept |= {"nodes": tuple(kept["nodes"]), "refusals": tuple(Refusal(**one) for one in kept["refusals"])}
+        return Fitted(**kept)
     except FileNotFoundError:
         return None
-    return found
+    except (ValueError, TypeError, KeyError) as error:
+        raise ResumeError(f"{folder.statistics_path} is damaged: {error}") from error
 
 
 def _ask(
     config: RunConfig, sector: Sector, exchange: Exchange, nodes: Sequence[NodeInfo], ask: Ask, run: str
-) -> tuple[Counts, list[str]]:
-    """The summed statistics of all training nodes, and whose they are."""
+) -> Fitted:
+    """The statistics of all training nodes, checked one by one and summed in the order of their names."""
     cohort = sorted((n for n in nodes if n.role is Role.train), key=lambda n: n.name)
     request = Request(
         run=run,
@@ -80,13 +102,22 @@ def _ask(
         splits=("train",),
     )
     collected = exchange.collect(request, cohort, ask, base={})
-    many = [update.counts["train"] for update in collected.updates]
-    if len(many) < config.min_replies or not sum(int(c["rows"]) for c in many):
-        told = "; ".join(f"{r.node}: {r.reason}, {r.evidence}" for r in collected.refusals[:5])
+    problems = {u.node: sector.statistics_problem(u.counts["train"]) for u in collected.updates}
+    refusals = (*collected.refusals, *(Refusal(n, "counts", why) for n, why in problems.items() if why is not None))
+    many = [u for u in collected.updates if problems[u.node] is None]
+    counts = [u.counts["train"] for u in many]
+    if len(many) < config.min_replies or not sum(int(c["rows"]) for c in counts):
+        told = "; ".join(f"{r.node}: {r.reason}, {r.evidence}" for r in refusals[:5])
         raise CohortTooSmall(
             f"{len(many)} of {len(cohort)} nodes sent the statistics that {sector.name} is fitted on, "
             f"{config.min_replies} with training rows are needed ({told or 'they have no training rows'})"
         )
-    # in the order of names: sums of floats follow it
-    totals = {k: sum((c[k] for c in many[1:]), start=many[0][k]) for k in many[0]}
-    return totals, [update.node for update in collected.updates]
+    totals = {k: sum((c[k] for c in counts[1:]), start=counts[0][k]) for k in counts[0]}
+    return Fitted(
+        options=sector.fit(totals),
+        nodes=tuple(u.node for u in many),
+        rows=int(totals["rows"]),
+        refusals=refusals,
+        bytes_up=collected.bytes_up,
+        bytes_down=collected.bytes_down,
+    )

@@ -99,14 +99,15 @@ class Card:
         created_at: float,
         base_metrics: Mapping[str, float] | None = None,
         local_layers: Sequence[str] = (),
+        fitted: Mapping[str, Any] | None = None,
     ) -> Card:
-        """A version's card; what does not change within a run comes from its configuration."""
+        """A version's card; what does not change within a run comes from its configuration, and from what it fitted."""
         return cls(
             run=run,
             round=round,
             digest=digest,
             sector=config.sector.name,
-            options=to_json(sector_options(config)),
+            options=to_json({**sector_options(config), **(fitted or {})}),
             config_digest=config_digest(config),
             data_source=config.data.value,
             nodes=tuple(nodes),

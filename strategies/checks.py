@@ -220,6 +220,10 @@ def examples_within(nodes: Mapping[str, NodeInfo], *, default: int) -> Check:
         # a tuned model scores the same rows once more
         scored = sum(int(c["rows"]) for split, c in update.counts.items() if "rows" in c and split != "test_tuned")
         scored = max(scored, *(int(c.get("rows", 0)) for c in update.counts.values()), 0)
+        if "test_tuned" in update.counts and "test" in update.counts:
+            tuned, test = (int(update.counts[split].get("rows", 0)) for split in ("test_tuned", "test"))
+            if tuned != test:
+                return Refusal(update.node, "counts", f"{tuned} test rows of the tuned model, {test} of the other")
         evidence = f"{scored} scored rows declared, at most {most} are registered"
         return Refusal(update.node, "num_examples", evidence) if scored > most else None
 

@@ -125,10 +125,12 @@ class PlainExchange:
         replies = ask(messages, self.timeout_s)
         collected = self.read(request, cohort, replies, base=base)
         each = wire.size_bytes(messages[0].content) if messages else 0
+        away = {refusal.node for refusal in collected.refusals if refusal.reason == "unavailable"}
+        sent = {node.name: 0 if node.name in away else each for node in cohort}
         return replace(
             collected,
-            bytes_down=each * len(messages),
-            node_bytes={node.name: (each, collected.node_bytes.get(node.name, (0, 0))[1]) for node in cohort},
+            bytes_down=sum(sent.values()),
+            node_bytes={name: (down, collected.node_bytes.get(name, (0, 0))[1]) for name, down in sent.items()},
             seconds={"exchange": time.perf_counter() - started},
         )
 

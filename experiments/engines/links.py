@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from flwr.app import Message
+from flwr.app import Message, MessageType
 
 from conf.schema import NodeSpec
 from trellis import canonical, wire
@@ -25,7 +25,9 @@ class Links:
     obeys_availability: bool = True
 
     def delay_s(self, index: int, message: Message, reply: Message) -> float:
-        """Seconds between question and reply."""
+        """Seconds between question and reply.  Enrolment takes none: who cannot answer it in time is in no run."""
+        if message.metadata.message_type == MessageType.QUERY:
+            return 0.0
         link = self.specs[index].link
         up = wire.size_bytes(reply.content) if reply.has_content() else 0
         seconds_down = 8e-6 * wire.size_bytes(message.content) / link.downlink_mbit_s

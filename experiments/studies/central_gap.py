@@ -63,6 +63,8 @@ class Outcome:
     federated: float
     pooled: float
     alone: float
+    tuned: float | None
+    """Where nodes fine-tune: each with its own model, on its own rows, all counted together."""
     nodes: Mapping[str, Mapping[str, float | None]]
     seconds: float
 
@@ -123,6 +125,7 @@ def outcome(task: Task, seed: int, more: list[str]) -> Outcome:
         federated=result.primary_metric["value"],
         pooled=baselines["pooled"][metric],
         alone=baselines["local_only"]["everywhere"],
+        tuned=result.metrics.get(f"test_tuned/{metric}"),
         nodes=result.nodes,
         seconds=time.monotonic() - started,
     )

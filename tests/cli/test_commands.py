@@ -340,7 +340,15 @@ def test_sectors_lists_task_metric_and_data(capsys: pytest.CaptureFixture[str]) 
     assert "data (under $TRELLIS_DATA)" in out
     assert main(["sectors", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
-    assert {s["name"]: s["primary_metric"]["name"] for s in listed} == {"banks": "ap", "healthcare_wisconsin": "auc"}
+    assert {s["name"]: s["primary_metric"]["name"] for s in listed} == {
+        "banks": "ap",
+        "healthcare_heart": "auc",
+        "healthcare_pneumonia": "auc",
+        "healthcare_retina": "dice",
+        "healthcare_wisconsin": "auc",
+        "production": "rmse",
+        "retail": "hr10",
+    }
 
 
 def test_nodes_show_describes_who_owns_what(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,7 @@ def test_no_row_of_the_server_is_at_a_node_in_any_partition(partition: str, num_
     assert len(server) + len(nodes) == num_rows(everything(sector))
 
 
+@pytest.mark.parametrize("name", ["banks", "healthcare_heart", "healthcare_wisconsin"])
 def test_of_every_class_the_server_has_its_share(name: str) -> None:
     for fraction in (0.02, 0.1, 0.5):
         sector = sectors.get(name, {"server_fraction": fraction})

@@ -123,7 +123,7 @@ def _make(folder: Path) -> None:
 
 
 def _write(readiness: Readiness, folder: Path) -> Path:
-    from experiments.readiness_report import write
+    from experiments.readiness.report import write
 
     try:
         return write(readiness, folder)
@@ -166,9 +166,9 @@ def _show(readiness: Readiness, written: Path | None) -> None:
 def _table(*headings: str, numbers: tuple[str, ...] = ()) -> Table:
     table = Table(box=None, pad_edge=False)
     for heading in headings:
-        table.add_column(heading)
+        table.add_column(plain(heading))
     for heading in numbers:
-        table.add_column(heading, justify="right")
+        table.add_column(plain(heading), justify="right")
     return table
 
 
