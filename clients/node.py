@@ -129,7 +129,8 @@ def _agree_on_schema(name: str, sector: Sector, declared: str) -> None:
     if declared and declared != own:
         raise DataError(
             f"node {name}: the server's sector {sector.name} declares other columns, units or ranges (schema "
-            f"{declared[:12]}) than this node's (schema {own[:12]}): both need the same version of sectors/{sector.name}.py"
+            f"{declared[:12]}) than this node's (schema {own[:12]}): both need the same version of "
+            f"sectors/{sector.name}.py"
         )
 
 
