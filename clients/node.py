@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import sectors
@@ -16,7 +17,7 @@ from clients.policy import consent, consent_to_rows, task_of
 from clients.store import NodeStore, store_of
 from conf.schema import NodeTask, from_json, to_json
 from sectors import schema, training
-from sectors.base import SPLITS, NodeData, Place, Rows, Sector, num_rows, place_of
+from sectors.base import SPLITS, NodeData, Place, Rows, Sector, num_rows, place_of, take
 from sectors.params import initial_arrays
 from sectors.training import Trained
 from trellis import canonical, wire
@@ -74,10 +75,15 @@ def statistics(message: Message, context: Context) -> RecordDict:
     node, task = identity.of(context), task_of(message)
     request = wire.read_request(message)
     _received(message, request, "statistics")
-    sector, data = sector_of(task), data_of(node, task)
-    counts = {"train": sector.all_statistics(data.train)}
-    rows = num_rows(data.train)
-    return wire.reply_content(request=request, arrays=None, num_examples=rows, metrics={}, counts=counts)
+    sector, rows = sector_of(task), data_of(node, task).train
+    most = task.training.max_examples
+    if most is not None and num_rows(rows) > most:  # no more rows are looked at than a round would train on
+        rng = np.random.default_rng(canonical.seed_for(task.seed, "statistics", node.spec.name))
+        rows = take(rows, np.sort(rng.choice(num_rows(rows), most, replace=False)))
+    used = num_rows(rows)
+    consent_to_rows(node.spec, used)
+    counts = {"train": sector.all_statistics(rows)}
+    return wire.reply_content(request=request, arrays=None, num_examples=used, metrics={}, counts=counts)
 
 
 def evaluate(message: Message, context: Context) -> RecordDict:

@@ -568,10 +568,19 @@ def _hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
+def absences(config: RunConfig) -> bool:
+    """Whether nodes of this run are away in some rounds because the engine obeys their availability.
+
+    A sampler that goes by availability has asked only those that are there.
+    """
+    obeyed = config.engine.name is EngineName.local and config.engine.links and config.sampler.name != "availability"
+    return obeyed and any(spec.link.availability < 1 for spec in config.nodes.expand())
+
+
 def config_digest(config: RunConfig) -> str:
     """sha256 of what the run computes: where it runs, how long and where it is recorded do not change it."""
     computed = {k: v for k, v in to_json(config).items() if k not in _PLACE}
-    computed["links"] = config.engine.links  # who takes part in a round follows from them
+    computed["absences"] = absences(config)  # who takes part in a round follows from them
     # neither an operator's word on a node nor where a matrix lies makes it another run
     for group, key in (("suspicion", "released"), ("checks", "max_matrix_mb")):
         computed[group] = {k: v for k, v in computed[group].items() if k != key}

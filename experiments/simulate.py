@@ -105,9 +105,11 @@ def _check_data(config: RunConfig, sector: Sector) -> None:
     data = {spec.name: _loaded(sector, spec, task) for spec in specs}
     starved = [s.name for s in specs if s.role is Role.train and not num_rows(data[s.name].train)]
     if starved:
+        files = {s.name: f" in {s.data_path}" for s in specs if s.data_path}
         raise DataError(
-            f"{len(starved)} of {len(specs)} nodes have no training rows ({', '.join(starved[:5])}): "
-            f"use fewer nodes than nodes={config.nodes.name}, or another partition"
+            f"{len(starved)} of {len(specs)} nodes have no training rows "
+            f"({', '.join(name + files.get(name, '') for name in starved[:5])}): "
+            f"use fewer nodes than nodes={config.nodes.name}, another partition, or files with more rows to train on"
         )
     if not sum(num_rows(d.validation) for d in data.values()):
         raise DataError("no node has validation rows: raise validation_fraction, or hold nodes out for validation")

@@ -216,6 +216,8 @@ class Sector(ABC):
             free &= ~np.isin(groups, groups[fixed == TEST])
         own = np.flatnonzero(free)
         labels, groups = self.labels(take(rows, own)), None if groups is None else groups[own]
+        if self.num_folds and len(rows) and not len(own):
+            raise ConfigError(f"sector {self.name}: its test rows are set aside already, no folds of them: num_folds=0")
         if self.num_folds:
             drawn = partition.fold_split(labels, self.num_folds, self.fold, self.validation_fraction, rng, groups)
         else:
@@ -381,6 +383,13 @@ class Sector(ABC):
         """`count_specs` and the library's own counts, by name."""
         own = (CountSpec("loss_sum", (), "float64", LOSS_MAX), CountSpec("rows", (), "int64"))
         return {spec.name: spec for spec in (*self.count_specs(), *own)}
+
+    def counts_problem(self, counts: Counts) -> str | None:
+        """Why no rows can have these counts (those of `all_counts`), or None; shapes and bounds have been checked.
+
+        Counts are all that is known of a node's rows: they must be those of `rows` rows, neither fewer nor more.
+        """
+        return None
 
     @abstractmethod
     def metrics(self, counts: Counts) -> dict[str, float]:

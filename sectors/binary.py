@@ -63,6 +63,10 @@ class Binary(Sector):
             CountSpec("negatives", (self.num_strata, metrics.NUM_BINS), "int64"),
         )
 
+    def counts_problem(self, counts: Counts) -> str | None:
+        scored = int(counts["positives"].sum() + counts["negatives"].sum())
+        return f"{scored} scores of {int(counts['rows'])} rows" if scored != int(counts["rows"]) else None
+
     def metrics(self, counts: Counts) -> dict[str, float]:
         """AUC, average precision and accuracy, as far as the counts give them."""
         if not counts:

@@ -110,7 +110,7 @@ def _read_csv(path: Path, text: dict[str, type[str]]) -> pd.DataFrame:
 
     More cells than the header has names are refused, where pandas would take the first ones for an index.
     """
-    names = _names(path)
+    names = _names(path, text)
     options: dict[str, Any] = {
         "dtype": text,
         "low_memory": False,
@@ -127,8 +127,18 @@ def _read_csv(path: Path, text: dict[str, type[str]]) -> pd.DataFrame:
             return pd.read_csv(path, encoding="latin-1", **options)
 
 
-def _names(path: Path) -> list[str]:
-    return [str(name) for name in pd.read_csv(path, nrows=0, encoding="latin-1", index_col=False).columns]
+def _names(path: Path, text: dict[str, type[str]]) -> list[str]:
+    """The header.  Raises DataError where it cannot be one: pandas would go on with names of its own."""
+    first = pd.read_csv(path, header=None, nrows=1, dtype=str, encoding="latin-1", index_col=False)
+    names = [str(name).removeprefix("\u00ef\u00bb\u00bf") for name in first.iloc[0]]
+    if names and names[0].startswith(("\u00ff\u00fe", "\u00fe\u00ff")):
+        raise DataError(f"{path} is UTF-16 text: save it as UTF-8")
+    if len(names) == 1 and ";" in names[0]:
+        raise DataError(f"{path} is separated by semicolons: needed are commas, with points in numbers")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(f"{path} has two columns {', '.join(repeated)}: each name may stand once in its header")
+    return names
 
 
 def read_text(path: Path, names: Sequence[str]) -> pd.DataFrame:
@@ -173,7 +183,9 @@ def read_npz(path: Path, keys: Sequence[str]) -> dict[str, npt.NDArray[np.generi
     except DataError:
         raise
     except Exception as error:  # a damaged archive breaks zipfile and numpy in every way there is
-        raise DataError(f"{path} cannot be read as .npz: {error}") from error
+        raise DataError(
+            f"{path} cannot be read as .npz: it is no archive of plain arrays ({type(error).__name__})"
+        ) from error
 
 
 def _packing(path: Path) -> str:

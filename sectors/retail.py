@@ -12,10 +12,10 @@ customers.  A code that no training row holds is a miss.  Popularity (lines of a
 item-kNN (cosine between invoices, 50 neighbours, an item is not its own) 0.083; what a customer bought most often, no
 model at all, has 0.192: customers buy again.  `python -m experiments.studies.retail_baselines` prints all three.
 
-Codes.  A server has no files, and may not learn whose codes are whose.  So a code is one of 65,423 *buckets*, by
-arithmetic that gives the 3,958 published codes as many different ones; the statistics round counts in how many training
-rows each bucket was bought, and the *vocabulary* is the buckets bought in `min_count` rows or more.  The model has one
-*place* for each of them, and recommends nothing else.
+Codes.  A server has no files, and need not learn whose codes are whose: sums can be masked.  So a code is one of 65,423
+*buckets*, by arithmetic that gives the 3,958 published codes as many different ones; the statistics round counts in how
+many training rows each bucket was bought, and the *vocabulary* is the buckets bought in `min_count` rows or more.  The
+model has one *place* for each of them, and recommends nothing else.
 
 Model.  A code's score is how often it is bought, plus the agreement of its factors with those of the history (FISM),
 plus, where it was bought before, a term for how long ago, how often, and how much this code is bought again.
@@ -86,7 +86,7 @@ class Retail(Sector):
         Column("InvoiceNo", kind="text"),
         Column("StockCode", kind="text"),
         Column("InvoiceDate", kind="text"),
-        Column("CustomerID", low=1, integer=True, optional=True),
+        Column("CustomerID", low=1, high=2**53, integer=True, optional=True),
         Column("Country", kind="text"),
     )
     fitted_options: ClassVar[tuple[str, ...]] = ("vocabulary",)
@@ -102,7 +102,9 @@ class Retail(Sector):
     """Codes that a row remembers, the last bought first."""
     factors: int = 16
     min_count: int = 2
-    """Training rows that must hold a code for it to be recommended: one purchase alone names nobody."""
+    """Training rows that must hold a code for it to be recommended: one invoice alone names nobody."""
+    max_codes: int = 8192
+    """The most that are recommended, those bought most: no node's list makes the model larger."""
     validation_fraction: float = 0.2
     """Share of the customers of three invoices or more whose last but one validates."""
     test_fraction: float = 0.0
@@ -116,9 +118,10 @@ class Retail(Sector):
         super().__post_init__()
         if self.partition not in PARTITIONS:
             raise ConfigError(f"sector retail: no partition {self.partition!r}; there are {', '.join(PARTITIONS)}")
-        if min(self.min_customers, self.history, self.factors, self.min_count, self.synthetic_rows) < 1:
+        sizes = (self.min_customers, self.history, self.factors, self.min_count, self.max_codes, self.synthetic_rows)
+        if min(sizes) < 1:
             raise ConfigError(
-                "sector retail: min_customers, history, factors, min_count and synthetic_rows must be above 0"
+                "sector retail: min_customers, history, factors, min_count, max_codes, synthetic_rows must be above 0"
             )
         if self.test_fraction or self.num_folds:
             raise ConfigError(
@@ -191,10 +194,16 @@ class Retail(Sector):
         y = rows["y"]
         return {"bought": np.bincount(y[y > 0] - 1, minlength=NUM_BUCKETS).astype(np.int64)}
 
+    def statistics_problem(self, counts: Counts) -> str | None:
+        """No code is bought in more rows than there are."""
+        most, rows = int(counts["bought"].max()), int(counts["rows"])  # type: ignore[arg-type]
+        return f"a code bought in {most} of {rows} rows" if most > rows else None
+
     def fit(self, totals: Counts) -> dict[str, Any]:
-        """The vocabulary: buckets bought in `min_count` rows, or once where that leaves none."""
+        """The vocabulary: buckets bought in `min_count` rows, or once where that leaves none; at most `max_codes`."""
         bought = totals["bought"].astype(np.int64)
         kept = bought >= min(self.min_count, max(int(bought.max()), 1))
+        kept[np.argsort(-bought, kind="stable")[self.max_codes :]] = False
         return {"vocabulary": np.packbits(kept).tobytes().hex() if kept.any() else ""}
 
     def build_model(self) -> nn.Module:
@@ -227,6 +236,10 @@ class Retail(Sector):
     def count_specs(self) -> tuple[CountSpec, ...]:
         shares = (CountSpec("hits", (), "int64", per_row=UNIT), CountSpec("gain", (), "int64", per_row=UNIT))
         return (*shares, CountSpec("invoices", (), "int64"))
+
+    def counts_problem(self, counts: Counts) -> str | None:
+        invoices, rows = int(counts["invoices"]), int(counts["rows"])
+        return f"{invoices} invoices in {rows} rows" if invoices != rows else None
 
     def metrics(self, counts: Counts) -> dict[str, float]:
         """HR@10 and NDCG@10, means over invoices."""
@@ -414,10 +427,13 @@ def _changes(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
 
 def _times(values: pd.Series) -> pd.Series:
     """2010-12-01 08:26 as here, or 12/1/2010 8:26 (month first) as other copies of the file have it."""
-    times = pd.to_datetime(values, format="ISO8601", errors="coerce")
-    odd = times.isna()
-    if odd.any():
-        times[odd] = pd.to_datetime(values[odd], format="%m/%d/%Y %H:%M", errors="coerce")
+    try:
+        times = pd.to_datetime(values, format="ISO8601", errors="coerce")
+        odd = times.isna()
+        if odd.any():
+            times[odd] = pd.to_datetime(values[odd], format="%m/%d/%Y %H:%M", errors="coerce")
+    except ValueError as error:
+        raise DataError(f"column InvoiceDate of the purchases cannot be read as dates: {error}") from error
     if (bad := times.isna()).any():
         raise DataError(
             f"column InvoiceDate of the purchases holds {values[bad].iloc[0]!r} ({int(bad.sum())} of {len(values)} "

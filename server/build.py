@@ -11,11 +11,12 @@ import numpy as np
 
 import sectors
 from conf.load import choices
-from conf.schema import DataSource, NodeTask, RunConfig, sector_options, to_json
+from conf.schema import DataSource, EngineName, NodeTask, RunConfig, sector_options, to_json
 from sectors.base import Sector
 from server.reference import reference
 from strategies import preaggregators, rules, samplers, server_optimizers
 from strategies.aggregation import Pipeline
+from strategies.checks import Judge
 from strategies.exchange import Clock, PlainExchange
 from strategies.flower import Commit, RoundStrategy
 from strategies.observers.suspicion import Suspicion
@@ -36,6 +37,7 @@ def check(config: RunConfig) -> Sector:
     _server_optimizer(config)
     _check_catalogues(config)
     _check_attackers(config)
+    _check_engine(config)
     _check_device(config.device)
     rules.require(rule, config.num_byzantine, config.rule.options)
     _check_cohort(config)
@@ -78,7 +80,7 @@ def strategy(
         num_byzantine=config.num_byzantine,
         weighted=config.rule.weighted,
         sampler=_sampler(config),
-        exchange=exchange(config, sector.all_counts(), clock, scratch),
+        exchange=exchange(config, sector.all_counts(), sector.counts_problem, clock, scratch),
         reference=reference(config, sector) if _needs_reference(config) else None,
         server_optimizer=_server_optimizer(config),
         suspicion=_suspicion(config),
@@ -92,14 +94,15 @@ def strategy(
 
 
 def exchange(
-    config: RunConfig, counts: Mapping[str, CountSpec], clock: Clock, scratch: Path | None = None
+    config: RunConfig, counts: Mapping[str, CountSpec], judge: Judge, clock: Clock, scratch: Path | None = None
 ) -> PlainExchange:
-    """How the run's messages travel; `counts` are what a reply carries for each split."""
+    """How the run's messages travel; `counts` are what a reply carries for each split, `judge` what they can be."""
     return PlainExchange(
         native=True,
         timeout_s=config.round_timeout_s,
         max_update_norm=config.checks.max_update_norm,
         counts=counts,
+        judge=judge,
         metrics=frozenset({"train/loss"}),
         clock=clock,
         max_matrix_bytes=int(config.checks.max_matrix_mb * 2**20),
@@ -187,6 +190,12 @@ def _check_attackers(config: RunConfig) -> None:
         raise ConfigError(f"attack={attack.name} with num_byzantine=0 attacks nobody: set attack.num_attackers")
     if number > len(trainers):
         raise ConfigError(f"attack={attack.name} on {number} nodes, but there are {len(trainers)} training nodes")
+
+
+def _check_engine(config: RunConfig) -> None:
+    """What a user configured is never skipped: Flower's engine keeps no time."""
+    if config.engine.name is EngineName.ray and config.engine.links:
+        raise ConfigError("engine=ray obeys no links: set engine.links=false, or engine=local")
 
 
 def _check_device(device: str) -> None:

@@ -92,7 +92,7 @@ def run(
         clock = clock_of(grid)
         ask = door(grid, clock)
         nodes = registry.enrol(grid, ask, config, schema=schema.digest(sector.schema), store=_store(folder))
-        asking = build.exchange(config, sector.all_statistic_specs(), clock)
+        asking = build.exchange(config, sector.all_statistic_specs(), sector.statistics_problem, clock)
         found = statistics.fitted(folder, config, sector, asking, nodes, ask, run_id)
         sector = sector.fitted(found.options)
         state = _restored(folder, config, sector, found, run_id, fresh_secret(grid))

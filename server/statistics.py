@@ -24,7 +24,7 @@ from sectors.base import Sector
 from server.folder import RunFolder
 from strategies.exchange import Ask, Exchange
 from trellis.errors import CohortTooSmall, ResumeError
-from trellis.types import NodeInfo, Refusal, Request, Role
+from trellis.types import NodeInfo, Refusal, Request, Role, Update
 from trellis.vectors import digest
 
 
@@ -90,8 +90,9 @@ def of_run(folder: RunFolder) -> Fitted | None:
 def _ask(
     config: RunConfig, sector: Sector, exchange: Exchange, nodes: Sequence[NodeInfo], ask: Ask, run: str
 ) -> Fitted:
-    """The statistics of all training nodes, checked one by one and summed in the order of their names."""
-    cohort = sorted((n for n in nodes if n.role is Role.train), key=lambda n: n.name)
+    """The statistics of all nodes that registered training rows, checked one by one, summed in the order of names."""
+    trainers = (n for n in nodes if n.role is Role.train and n.num_examples is not None)
+    cohort = sorted(trainers, key=lambda n: n.name)
     request = Request(
         run=run,
         round=0,
@@ -102,9 +103,9 @@ def _ask(
         splits=("train",),
     )
     collected = exchange.collect(request, cohort, ask, base={})
-    problems = {u.node: sector.statistics_problem(u.counts["train"]) for u in collected.updates}
-    refusals = (*collected.refusals, *(Refusal(n, "counts", why) for n, why in problems.items() if why is not None))
-    many = [u for u in collected.updates if problems[u.node] is None]
+    refused = {u.node: why for u in collected.updates if (why := _more_rows(u, cohort)) is not None}
+    refusals = (*collected.refusals, *(Refusal(node, "num_examples", why) for node, why in refused.items()))
+    many = [u for u in collected.updates if u.node not in refused]
     counts = [u.counts["train"] for u in many]
     if len(many) < config.min_replies or not sum(int(c["rows"]) for c in counts):
         told = "; ".join(f"{r.node}: {r.reason}, {r.evidence}" for r in refusals[:5])
@@ -121,3 +122,10 @@ def _ask(
         bytes_up=collected.bytes_up,
         bytes_down=collected.bytes_down,
     )
+
+
+def _more_rows(update: Update, cohort: Sequence[NodeInfo]) -> str | None:
+    """What is wrong with a node's statistics of more training rows than it registered, or the federation allows it."""
+    most = next(node.num_examples for node in cohort if node.name == update.node)
+    rows = int(update.counts["train"]["rows"])
+    return f"statistics of {rows} rows, {most} are registered" if most is not None and rows > most else None

@@ -22,6 +22,9 @@ from trellis.vectors import Arrays, CountSpec, Layout, TensorSpec, Vector, norm
 
 Check = Callable[[Update], Refusal | None]
 
+Judge = Callable[[Counts], str | None]
+"""Why no rows can have these counts of a split, or None: what only their meaning can tell."""
+
 MAX_METRICS = 64
 MAX_METRIC_CHARS = 64
 MAX_METRIC = 1e12
@@ -44,6 +47,7 @@ class Expected:
     counts: Mapping[str, TensorSpec] | None = None
     splits: tuple[str, ...] = ("validation",)
     metrics: frozenset[str] | None = None
+    judge: Judge | None = None
 
     @property
     def replies_delta(self) -> bool:
@@ -160,6 +164,9 @@ def _read_counts(content: RecordDict, expected: Expected) -> dict[str, Counts]:
             if not np.isfinite(numbers).all() or (numbers < 0).any() or (numbers > MAX_COUNT).any():
                 raise WireError("counts", f"{split}/{k} has values that are negative, above 2^50 or not finite")
         _within_rows(split, counts[split], specs)
+        problem = expected.judge(counts[split]) if expected.judge is not None else None
+        if problem is not None:
+            raise WireError("counts", f"{split}: {problem}")
     return counts
 
 

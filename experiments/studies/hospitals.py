@@ -23,6 +23,7 @@ import numpy.typing as npt
 from scipy import stats
 
 import sectors
+from conf.load import load
 from experiments.simulate import simulate
 from sectors.base import Place, num_rows
 from trellis.types import Role
@@ -32,6 +33,7 @@ MODELS = ("local_only", "pooled", "federated", "tuned", "local_head")
 LEAST_ROWS = 10
 POOLED_BAR = 0.86
 NUM_FOLDS = 5
+VALIDATION_FRACTION: float = load(["sector=healthcare_heart"]).sector.options["validation_fraction"]
 
 Scores = dict[str, dict[str, float]]
 """AUC by hospital (and "all") and model; NaN where a fold has one class only."""
@@ -60,7 +62,8 @@ def main() -> int:
     for name in hospitals:
         cells_ = []
         for model in MODELS[1:]:
-            mean, low, high = interval([s[name][model] - s[name]["local_only"] for s in scores])
+            differences = [s[name][model] - s[name]["local_only"] for s in scores]
+            mean, low, high = interval(differences, validation_fraction=VALIDATION_FRACTION)
             cells_.append(f"{mean:+.4f} ({low:+.4f} to {high:+.4f})")
             below += [name] if model == "federated" and name in judged and high < 0 else []
         print(f"| {name}{'' if name in judged else ' (not judged)'} | {' | '.join(cells_)} |")
@@ -89,13 +92,17 @@ def fold(repeat: int, index: int) -> Scores:
     return {**found, "all": {**metrics, **baselines, "local_head": local.metrics["test/auc"]}}
 
 
-def interval(differences: Sequence[float], num_folds: int = NUM_FOLDS) -> tuple[float, float, float]:
+def interval(
+    differences: Sequence[float], num_folds: int = NUM_FOLDS, validation_fraction: float = 0.0
+) -> tuple[float, float, float]:
     """Mean and 95 % interval of paired differences over the folds of repeated cross-validation.
 
-    The variance of the mean of J differences is (1 / J + n_test / n_train) s^2.  Nadeau and Bengio, 2003, Section 4.
+    The variance of the mean of J differences is (1 / J + n_test / n_train) s^2, where of the rows outside the fold all
+    but a share of `validation_fraction` train.  Nadeau and Bengio, 2003, Section 4.
     """
     known: npt.NDArray[np.float64] = np.array([d for d in differences if np.isfinite(d)])
-    spread = (1.0 / len(known) + 1.0 / (num_folds - 1)) * known.var(ddof=1)
+    test_to_train = 1.0 / ((num_folds - 1) * (1.0 - validation_fraction))
+    spread = (1.0 / len(known) + test_to_train) * known.var(ddof=1)
     half = float(stats.t.ppf(0.975, len(known) - 1) * np.sqrt(spread))
     return float(known.mean()), float(known.mean()) - half, float(known.mean()) + half
 

@@ -108,7 +108,9 @@ def honest_run(overrides: list[str]) -> tuple[list[RoundRecord], RunResult]:
         records.extend([record] if record.purpose == "train" else [])
 
     with tempfile.TemporaryDirectory() as runs:
-        result = simulate([*overrides, "suspicion=sequential", "tracking=none", f"runs_dir={runs}"], on_round=keep)
+        # everyone is there in every round: what is measured is the detector
+        settings = ["suspicion=sequential", "engine.links=false", "tracking=none", f"runs_dir={runs}"]
+        result = simulate([*overrides, *settings], on_round=keep)
     return records, result
 
 

@@ -35,6 +35,7 @@ THREE_NODES = [
     "nodes.held_out.test=0",
     "nodes.template.policy.max_examples=150",
     "tracking=none",
+    "engine.links=false",  # only the local engine obeys them
     "rounds=2",
 ]
 

@@ -47,7 +47,17 @@ def caught(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """A run of which one node was quarantined: it sent NaN in every round."""
     runs = tmp_path_factory.mktemp("runs")
     attack = ["attack=not_a_number", f"attack.nodes=[{LIAR}]", "suspicion=sequential"]
-    return simulate(["nodes=consortium", *attack, "rounds=6", "tracking=none", "run_name=caught", f"runs_dir={runs}"])
+    return simulate(
+        [
+            "nodes=consortium",
+            *attack,
+            "engine.links=false",
+            "rounds=6",
+            "tracking=none",
+            "run_name=caught",
+            f"runs_dir={runs}",
+        ]
+    )
 
 
 def again(result: RunResult, *overrides: str) -> RunResult:

@@ -10,7 +10,7 @@ from experiments.simulate import simulate
 from server.run import RunResult
 from trellis.errors import MissingData
 
-BANKS = ["sector=banks", "nodes=consortium", "rounds=5", "tracking=none"]
+BANKS = ["sector=banks", "nodes=consortium", "rounds=5", "tracking=none", "engine.links=false"]
 
 
 def run(tmp_path: Path, *overrides: str) -> RunResult:

@@ -34,7 +34,7 @@ NAMES = ["aster", "birch", "cedar", "dahlia", "elm", "fir", "ginkgo", "hazel", "
 LIARS = ["cedar", "iris", "juniper"]
 HONEST = [i for i, name in enumerate(NAMES) if name not in LIARS]
 LYING = [i for i, name in enumerate(NAMES) if name in LIARS]
-BASE = ("nodes=consortium", "tracking=none")
+BASE = ("nodes=consortium", "engine.links=false", "tracking=none")
 BY_THREE = f"attack.nodes=[{','.join(LIARS)}]"
 
 

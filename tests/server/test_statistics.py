@@ -341,7 +341,7 @@ def asked_alone(names: tuple[str, ...], lie: Lie, folder: Path, **settings: Any)
     grid = LocalGrid(app, 3)
     ask = door(grid, grid.clock)
     nodes = registry.enrol(grid, ask, config, store="")
-    exchange = build.exchange(config, sector.all_statistic_specs(), grid.clock)
+    exchange = build.exchange(config, sector.all_statistic_specs(), sector.statistics_problem, grid.clock)
     with lying(lie, *names), pytest.MonkeyPatch.context() as patch:
         patch.setattr(PlainExchange, "collect", watching)
         statistics.fitted(RunFolder(folder), config, sector, exchange, nodes, ask, "r")
@@ -484,3 +484,27 @@ def test_where_all_differ_nobody_enrols_and_the_reason_is_said(tmp_path: Path) -
         simulate([*PILOT, "rounds=1", f"runs_dir={tmp_path}"])
     assert "no node of nodes=pilot enrolled" in str(caught.value)
     assert "declares other columns, units or ranges" in str(caught.value)
+
+
+def test_statistics_of_more_rows_than_a_node_registered_are_refused(tmp_path: Path) -> None:
+    tenfold: Lie = lambda counts: {k: v * 10 for k, v in counts.items()}  # noqa: E731
+    asked_alone(("south",), tenfold, tmp_path)
+    found = statistics.of_run(RunFolder(tmp_path))
+    assert found is not None
+    assert [(r.node, r.reason) for r in found.refusals] == [("south", "num_examples")]
+    assert found.options == options_without("south")
+
+
+def test_a_node_whose_policy_forbids_so_many_rows_gives_no_statistics_of_them(tmp_path: Path) -> None:
+    policy = "nodes.items.0.policy.max_examples=20"
+    result = simulate([*PILOT, policy, "rounds=1", f"runs_dir={tmp_path}"])
+    assert kept(result)["nodes"] == ["south", "west"]
+    assert {(r["round"], r["node"], r["reason"]) for r in result.refusals} == {
+        (0, "north", "policy.max_examples"),
+        (1, "north", "policy.max_examples"),
+    }
+
+
+def test_where_a_round_takes_some_rows_the_statistics_are_of_as_many(tmp_path: Path) -> None:
+    result = simulate([*PILOT, "sector.training.max_examples=20", "rounds=1", f"runs_dir={tmp_path}"])
+    assert kept(result)["rows"] == 60

@@ -25,8 +25,8 @@ from strategies.exchange import PlainExchange, door
 from strategies.flower import RoundStrategy
 from trellis import wire
 from trellis.errors import WireError
+from trellis.types import Counts, RoundRecord, ServerState
 from trellis.types import NodeInfo as Node
-from trellis.types import RoundRecord, ServerState
 from trellis.vectors import CountSpec, Layout, digest
 
 BASE = {
@@ -273,6 +273,7 @@ TABLE: dict[str, tuple[Lie, str, tuple[str, ...]]] = {
     "a loss that swallows all others": (count("loss_sum", np.float64(1e300)), "counts", NATIVE),
     "a loss above that of any row": (count("loss_sum", np.float64(501.0)), "counts", NATIVE),
     "more rows in the bins than were scored": (count("bins", np.array([1, 0, 3, 2], np.int64)), "counts", NATIVE),
+    "fewer rows in the bins than were scored": (count("bins", np.array([0, 0, 1, 0], np.int64)), "counts", NATIVE),
     "bins that swallow all others": (count("bins", np.array([0, 0, 0, 2**50], np.int64)), "counts", NATIVE),
     "a count with a name of a megabyte": (
         with_counts(lambda r: r.update({"validation/" + "r" * 2**20: r.pop("validation/rows")})), "oversize", NATIVE
@@ -290,6 +291,12 @@ TABLE: dict[str, tuple[Lie, str, tuple[str, ...]]] = {
     "the process's end": (stopping, "error_reply", BOTH),
     "no message at all": (lambda content: None, "error_reply", BOTH),
 }  # fmt: skip
+
+
+def some_scored(counts: Counts) -> str | None:
+    """What a sector might know of its counts: a row here and there may lack a score, most have one."""
+    bins: Any = counts["bins"]
+    return "few rows are in the bins" if bins.sum() < 3 else None
 
 
 @dataclass
@@ -313,7 +320,12 @@ class Federation:
             num_byzantine=int(rules.get(self.rule).tolerates),
             reference=lambda state: np.full(9, 0.1, np.float32),
             exchange=PlainExchange(
-                native=self.native, timeout_s=60, counts=COUNTS, metrics=frozenset({"train/loss"}), max_update_norm=1000
+                native=self.native,
+                timeout_s=60,
+                counts=COUNTS,
+                judge=some_scored,
+                metrics=frozenset({"train/loss"}),
+                max_update_norm=1000,
             ),
             node_config={"lr": 0.1},
             clock=self.grid.clock,
