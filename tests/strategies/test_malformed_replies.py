@@ -475,7 +475,7 @@ def test_the_closing_evaluation_survives_its_liars_too() -> None:
         request = wire.read_request(message)
         index = int(context.node_config["partition-id"])
         rows = np.asarray(101 if index == LIAR else 80, np.int64)
-        one = {"loss_sum": np.asarray(1.0), "rows": rows, "bins": np.zeros(4, np.int64)}
+        one = {"loss_sum": np.asarray(1.0), "rows": rows, "bins": np.array([3, 0, 0, 0], np.int64)}
         counts = dict.fromkeys(("validation", "test"), one)
         reply = wire.reply_content(request=request, arrays=None, num_examples=160, metrics={}, counts=counts)
         return Message(reply, reply_to=message)
