@@ -473,7 +473,8 @@ def _divided(sector: Sector, source: _Source, num_parts: int | None) -> _Divided
         return _Divided((index,), groups)
     if sector.server_fraction:
         index = np.delete(index, _held_out(sector, source))
-        pooled = Pooled(take(pooled.rows, index), take(pooled.keys, index))
+        split = None if pooled.split is None else pooled.split[index]
+        pooled = Pooled(take(pooled.rows, index), take(pooled.keys, index), split)
     owners = sector.owners(pooled, num_parts)
     if groups is not None:
         owners = partition.together(owners, groups[index])

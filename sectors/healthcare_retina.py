@@ -35,8 +35,8 @@ from trellis.errors import ConfigError, DataError
 from trellis.types import Counts, MetricSpec
 from trellis.vectors import CountSpec
 
-GREEN = Column("green", unit="grey levels", low=0, high=255, integer=True)
-VESSEL = Column("vessel", categories=(0, 1), integer=True)
+GREEN = Column("green", "grey levels", low=0, high=255, integer=True, shape=(-1, -1))
+VESSEL = Column("vessel", categories=(0, 1), integer=True, shape=(-1, -1))
 PATIENT = Column("patient", integer=True)
 IMAGES = (GREEN, VESSEL)
 """Of any height and width: tiles are of one size."""

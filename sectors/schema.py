@@ -45,7 +45,7 @@ class Column:
     integer: bool = False
     kind: Literal["number", "text"] = "number"
     shape: tuple[int, ...] = ()
-    """Of one row's value: () a number or a text, (28, 28) an image."""
+    """Of one row's value: () a number or a text, (28, 28) an image, (-1, -1) an image of any size."""
 
     def __post_init__(self) -> None:
         if self.categories and all(isinstance(value, str) for value in self.categories):
@@ -102,7 +102,7 @@ def _problem(values: Any, column: Column) -> str | None:
     if column.kind == "text":
         return _text_problem(pd.Series(values), column)
     array = np.asarray(values)
-    if array.ndim == 0 or array.shape[1:] != column.shape:
+    if array.ndim == 0 or not _fits(array.shape[1:], column.shape):
         found = f"values of shape {array.shape[1:]}" if array.ndim else "a single value"
         return f"{found} in column {column.name}, needed is {column.shape or 'a number'}"
     if array.dtype.kind == "O" and not _not_numbers(values):
@@ -121,6 +121,10 @@ def _problem(values: Any, column: Column) -> str | None:
             return f"empty values in column {column.name}{_where(array, empty, column)}"
         array = np.where(empty, _harmless(column), array) if empty.any() else array
     return _range_problem(array, column)
+
+
+def _fits(shape: tuple[int, ...], declared: tuple[int, ...]) -> bool:
+    return len(shape) == len(declared) and all(b in (a, -1) for a, b in zip(shape, declared, strict=True))
 
 
 def _harmless(column: Column) -> float:

@@ -17,9 +17,9 @@ SECONDS = 20.0
 """What a smoke run may take on an idle core; here it only says that something is wrong."""
 
 SMALL = {
-    "healthcare_pneumonia": ["rounds=3", "sector.training.max_examples=400"],
-    "healthcare_retina": ["rounds=2", "sector.training.max_examples=60"],
-    "production": ["rounds=2"],
+    "healthcare_pneumonia": ["rounds=2", "sector.training.max_examples=300"],
+    "healthcare_retina": ["rounds=2", "sector.training.max_examples=40"],
+    "production": ["rounds=2", "sector.training.max_examples=1000"],
     "retail": ["rounds=2", "sector.training.max_examples=2000"],
 }
 NODES = {"healthcare_heart": "hospitals", "production": "plants", "retail": "countries"}
