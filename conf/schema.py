@@ -410,6 +410,8 @@ class ChecksConfig:
     max_update_norm: float = 1000.0
     max_matrix_mb: float = 8192.0
     """A round's updates beyond this lie in a file that is mapped into memory, not in memory."""
+    allow_one_class: bool = False
+    """Whether a node all of whose rows are of one class may take part; its own metrics then say little."""
 
     def __post_init__(self) -> None:
         _within("checks.max_update_norm", self.max_update_norm, above=0)
@@ -574,7 +576,8 @@ def absences(config: RunConfig) -> bool:
     A sampler that goes by availability has asked only those that are there.
     """
     obeyed = config.engine.name is EngineName.local and config.engine.links and config.sampler.name != "availability"
-    return obeyed and any(spec.link.availability < 1 for spec in config.nodes.expand())
+    described = config.nodes.items or [config.nodes.template]
+    return obeyed and any(spec.link.availability < 1 for spec in described)
 
 
 def config_digest(config: RunConfig) -> str:

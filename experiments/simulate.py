@@ -114,7 +114,7 @@ def _check_data(config: RunConfig, sector: Sector) -> None:
     if not sum(num_rows(d.validation) for d in data.values()):
         raise DataError("no node has validation rows: raise validation_fraction, or hold nodes out for validation")
     if sector.num_classes is not None:
-        _check_classes(sector, specs, task, data)
+        _check_classes(config, sector, specs, data)
     _check_identifiers(config, sector, specs)
 
 
@@ -127,7 +127,7 @@ def _loaded(sector: Sector, spec: NodeSpec, task: NodeTask) -> NodeData:
         raise DataError(f"node {spec.name}: {error}") from error
 
 
-def _check_classes(sector: Sector, specs: Sequence[NodeSpec], task: NodeTask, data: Mapping[str, NodeData]) -> None:
+def _check_classes(config: RunConfig, sector: Sector, specs: Sequence[NodeSpec], data: Mapping[str, NodeData]) -> None:
     """Refuse one class only: in all rows there are, or in a node that trains on rows and validates on others."""
     everything = {label for each in data.values() for split in SPLITS for label in np.unique(each.split(split)["y"])}
     if len(everything) < 2:
@@ -136,7 +136,7 @@ def _check_classes(sector: Sector, specs: Sequence[NodeSpec], task: NodeTask, da
         )
     for spec in specs:
         own = data[spec.name]
-        if task.holds_out or not num_rows(own.validation):
+        if config.checks.allow_one_class or spec.role is not Role.train or not num_rows(own.validation):
             continue
         found = {label for split in SPLITS for label in np.unique(own.split(split)["y"])}
         if len(found) < 2:
@@ -144,7 +144,8 @@ def _check_classes(sector: Sector, specs: Sequence[NodeSpec], task: NodeTask, da
             raise DataError(
                 f"node {spec.name}: all {sum(num_rows(own.split(s)) for s in SPLITS)} rows{where} are of one class "
                 f"({_named(found)}), so it cannot validate a model: give it rows of another class, choose another "
-                "partition (dirichlet: a larger sector.options.alpha), or hold out whole nodes for validation"
+                "partition (dirichlet: a larger sector.options.alpha), hold out whole nodes for validation, or set "
+                "checks.allow_one_class=true"
             )
 
 

@@ -216,7 +216,7 @@ class Sector(ABC):
             free &= ~np.isin(groups, groups[fixed == TEST])
         own = np.flatnonzero(free)
         labels, groups = self.labels(take(rows, own)), None if groups is None else groups[own]
-        if self.num_folds and len(rows) and not len(own):
+        if self.num_folds and (fixed == TEST).any() and not len(own):
             raise ConfigError(f"sector {self.name}: its test rows are set aside already, no folds of them: num_folds=0")
         if self.num_folds:
             drawn = partition.fold_split(labels, self.num_folds, self.fold, self.validation_fraction, rng, groups)
@@ -360,7 +360,10 @@ class Sector(ABC):
         return self.fitted(self.fit(self.all_statistics(rows))) if self.statistic_specs() and num_rows(rows) else self
 
     def fitted(self, options: Mapping[str, Any]) -> Sector:
-        """This sector with what `fit` gave; lists, as JSON has them, become tuples."""
+        """This sector with what `fit` gave; lists become tuples.  Raises TypeError for types that JSON has not."""
+        odd = [k for k, v in options.items() if not isinstance(v, str | int | float | list | tuple)]
+        if odd:
+            raise TypeError(f"sector {self.name}: fit gives {', '.join(odd)} in a type that JSON has not")
         return replace(self, **{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
     @abstractmethod

@@ -109,7 +109,13 @@ def honest_run(overrides: list[str]) -> tuple[list[RoundRecord], RunResult]:
 
     with tempfile.TemporaryDirectory() as runs:
         # everyone is there in every round: what is measured is the detector
-        settings = ["suspicion=sequential", "engine.links=false", "tracking=none", f"runs_dir={runs}"]
+        settings = [
+            "suspicion=sequential",
+            "engine.links=false",
+            "checks.allow_one_class=true",
+            "tracking=none",
+            f"runs_dir={runs}",
+        ]
         result = simulate([*overrides, *settings], on_round=keep)
     return records, result
 
