@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,20 @@ import torch
 import sectors
 from conf.load import load
 from sectors import schema, training
-from sectors.base import OWN, SPLITS, TEST, NodeData, Place, Rows, Sector, concatenate, num_rows, take, to_batch
+from sectors.base import (
+    OWN,
+    SPLITS,
+    TEST,
+    NodeData,
+    Place,
+    Pooled,
+    Rows,
+    Sector,
+    concatenate,
+    num_rows,
+    take,
+    to_batch,
+)
 from sectors.params import initial_arrays
 from trellis.errors import ConfigError, DataError, MissingData
 from trellis.types import Role
@@ -106,7 +120,33 @@ def some(rows: Rows, number: int = SOME) -> Rows:
 
 
 def raw(sector: Sector, place: Place) -> Any:
-    return sector.generate() if place.synthetic else sector.read(sector.files())
+    """The raw table, read once; nobody changes it."""
+    return _raw(sector.name, place.synthetic)
+
+
+def pool(sector: Sector, place: Place) -> Pooled:
+    """All of its rows, pooled once."""
+    return _pool(sector.name, place.synthetic)
+
+
+def pooled_identities(sector: Sector, place: Place) -> list[bytes]:
+    return _identities(sector.name, place.synthetic)
+
+
+@cache
+def _raw(name: str, synthetic: bool) -> Any:
+    sector = sectors.get(name)
+    return sector.generate() if synthetic else sector.read(sector.files())
+
+
+@cache
+def _pool(name: str, synthetic: bool) -> Pooled:
+    return sectors.get(name).pool(_raw(name, synthetic))
+
+
+@cache
+def _identities(name: str, synthetic: bool) -> list[bytes]:
+    return identities(_pool(name, synthetic).rows)
 
 
 # ---------------------------------------------------------------- what it says of itself
@@ -222,7 +262,7 @@ def test_parts_and_splits_are_disjoint_and_cover_the_rows(case: Case, place: Pla
         pytest.skip("many rows: generated ones are asked")
     sector = sectors.get(case.name, {} if naturally else case.many)
     parts = federation(sector, place, case.natural if naturally else min(10, case.most))
-    whole = identities(sector.pool(raw(sector, place)).rows)
+    whole = pooled_identities(sector, place)
     assert sorted(i for node in parts for i in all_identities(node)) == sorted(whole)
     groups = groups_of(sector, place)
     # rows alike of two persons are no leak; of one, or of nobody in particular, they are
@@ -231,8 +271,7 @@ def test_parts_and_splits_are_disjoint_and_cover_the_rows(case: Case, place: Pla
 
 def groups_of(sector: Sector, place: Place) -> dict[bytes, set[Any]]:
     """The groups of each row; rows alike of a sector without groups are one."""
-    pooled = sector.pool(raw(sector, place))
-    named = identities(pooled.rows)
+    pooled, named = pool(sector, place), pooled_identities(sector, place)
     groups = sector.groups(pooled)
     found: dict[bytes, set[Any]] = {}
     for identity, group in zip(named, named if groups is None else groups.tolist(), strict=True):
@@ -283,9 +322,9 @@ def test_another_split_seed_gives_another_split(case: Case, place: Place) -> Non
 @pytest.mark.parametrize("role", list(Role))
 def test_held_out_nodes_keep_their_rows_in_the_split_of_their_role(sector: Sector, place: Place, role: Role) -> None:
     together = all_identities(sector.load(place))
-    pooled = sector.pool(raw(sector, place))
+    pooled = pool(sector, place)
     fixed = np.full(num_rows(pooled.rows), OWN) if pooled.split is None else pooled.split
-    official = set(np.array(identities(pooled.rows), object)[fixed == TEST]) & set(together)
+    official = set(np.array(pooled_identities(sector, place), object)[fixed == TEST]) & set(together)
     expected = [i for i in together if (i in official) == (role is Role.test) or not official]
     whole = sector.load(replace(place, role=role, holds_out=True))
     assert sorted(identities(whole.split(role.value))) == sorted(expected)
@@ -296,10 +335,10 @@ def test_held_out_nodes_keep_their_rows_in_the_split_of_their_role(sector: Secto
 
 
 def test_an_official_test_row_is_never_trained_on(sector: Sector, place: Place) -> None:
-    pooled = sector.pool(raw(sector, place))
-    if pooled.split is None:
+    split_of = pool(sector, place).split
+    if split_of is None:
         pytest.skip("no rows are set aside")
-    official = {i for i, split in zip(identities(pooled.rows), pooled.split, strict=True) if split == TEST}
+    official = {i for i, split in zip(pooled_identities(sector, place), split_of, strict=True) if split == TEST}
     assert official
     for node in federation(sector, place):
         assert not official & {*identities(node.train), *identities(node.validation)}
@@ -313,7 +352,7 @@ def test_rows_of_some_units_do_not_depend_on_the_others(sector: Sector, place: P
     units = sector.units(table)
     names = np.unique(units)
     chosen = np.isin(units, names[np.random.default_rng(0).random(len(names)) < 0.5])
-    whole, half = (identities(sector.pool(t).rows) for t in (table, sector.select(table, chosen)))
+    whole, half = pooled_identities(sector, place), identities(sector.pool(sector.select(table, chosen)).rows)
     assert half
     assert set(half) <= set(whole)
 
@@ -369,7 +408,7 @@ def test_what_is_fitted_are_options_that_a_message_can_carry(case: Case, sector:
 
 def test_generated_rows_have_the_columns_of_the_real_ones(sector: Sector) -> None:
     try:
-        real = sector.read(sector.files())
+        real = _raw(sector.name, False)
     except MissingData as error:
         pytest.skip(str(error))
     generated, again = sector.generate(), sector.generate()
