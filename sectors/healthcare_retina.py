@@ -265,6 +265,8 @@ class UNet(nn.Module):
         nn.init.constant_(self.head.bias, PRIOR)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
+        if not len(x):  # nothing to shuffle
+            return x.new_zeros(x.shape)
         if torch.is_grad_enabled():
             return self._logits(x)
         return torch.cat([self._logits(chunk) for chunk in torch.split(x, CHUNK)])

@@ -323,8 +323,9 @@ class Production(Sector):
         fleet = batch["fleet"].cpu().numpy()
         score = _rounded(nasa_score(error), SCORE_STEPS)
         return {
-            "squared_error": np.bincount(fleet, error**2, len(FLEETS)),
-            "nasa_score": np.bincount(fleet, score, len(FLEETS)),
+            # of no rows it counts in integers
+            "squared_error": np.bincount(fleet, error**2, len(FLEETS)).astype(np.float64),
+            "nasa_score": np.bincount(fleet, score, len(FLEETS)).astype(np.float64),
             "points": np.bincount(fleet, minlength=len(FLEETS)),
         }
 
