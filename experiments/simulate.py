@@ -35,8 +35,8 @@ def simulate(overrides: Sequence[str], *, on_round: OnRound | None = None) -> Ru
     plot = plot_of(config, sector)
     _check_data(config, sector)
     result = _run(config, plot, list(overrides), on_round)
-    found_ = statistics.of_run(RunFolder(Path(result.run_dir)))
-    sector = sector.fitted(found_.options) if found_ is not None else sector
+    fitted = statistics.of_run(RunFolder(Path(result.run_dir)))
+    sector = sector.fitted(fitted.options) if fitted is not None else sector
     found: dict[str, Any] = {}
     if config.baselines:
         found["baselines"] = compared = baselines.baselines(config, sector)
@@ -115,6 +115,7 @@ def _check_data(config: RunConfig, sector: Sector) -> None:
         raise DataError("no node has validation rows: raise validation_fraction, or hold nodes out for validation")
     if sector.num_classes is not None:
         _check_classes(config, sector, specs, data)
+    _check_files(specs)
     _check_identifiers(config, sector, specs)
 
 
@@ -132,7 +133,7 @@ def _check_classes(config: RunConfig, sector: Sector, specs: Sequence[NodeSpec],
     everything = {label for each in data.values() for split in SPLITS for label in np.unique(each.split(split)["y"])}
     if len(everything) < 2:
         raise DataError(
-            f"all rows of sector {sector.name} are of one class ({_named(everything)}): nothing is to learn"
+            f"all rows of sector {sector.name} are of one class ({_named(sector, everything)}): nothing is to learn"
         )
     for spec in specs:
         own = data[spec.name]
@@ -143,14 +144,24 @@ def _check_classes(config: RunConfig, sector: Sector, specs: Sequence[NodeSpec],
             where = f" in {spec.data_path}" if spec.data_path else ""
             raise DataError(
                 f"node {spec.name}: all {sum(num_rows(own.split(s)) for s in SPLITS)} rows{where} are of one class "
-                f"({_named(found)}), so it cannot validate a model: give it rows of another class, choose another "
-                "partition (dirichlet: a larger sector.options.alpha), hold out whole nodes for validation, or set "
+                f"({_named(sector, found)}), so it cannot validate a model: give it rows of another class, choose "
+                "another partition (dirichlet: a larger sector.options.alpha), hold out whole nodes for validation, or set "
                 "checks.allow_one_class=true"
             )
 
 
-def _named(labels: set[Any]) -> str:
-    return ", ".join(f"y = {label:g}" for label in sorted(labels)) or "none"
+def _named(sector: Sector, labels: set[Any]) -> str:
+    return f"column {sector.target}: y = {', '.join(f'{label:g}' for label in sorted(labels)) or 'none'}"
+
+
+def _check_files(specs: Sequence[NodeSpec]) -> None:
+    """Refuse one file for two nodes."""
+    owners: dict[Path, str] = {}
+    for spec in specs:
+        if spec.data_path is not None:
+            other = owners.setdefault(Path(spec.data_path).resolve(), spec.name)
+            if other != spec.name:
+                raise DataError(f"node {spec.name}: {spec.data_path} is the file of node {other} already")
 
 
 def _check_identifiers(config: RunConfig, sector: Sector, specs: Sequence[NodeSpec]) -> None:
@@ -158,28 +169,24 @@ def _check_identifiers(config: RunConfig, sector: Sector, specs: Sequence[NodeSp
 
     The shared file is divided by the sector, which keeps each at one node; files of nodes' own may hold anyone.
     """
+    files = [spec for spec in specs if spec.data_path is not None]
+    if sector.identifier is None or not files:
+        return
     known: dict[Any, str] = {}
-    files: dict[Path, str] = {}
-    if any(spec.data_path for spec in specs) and not all(spec.data_path for spec in specs):
+    if len(files) < len(specs):
         shared = sector.generate() if config.data is DataSource.synthetic else sector.read(sector.files())
-        known |= dict.fromkeys(_identifiers(sector, shared), "the shared data")
-    for spec in specs:
-        if spec.data_path is None:
-            continue
-        path = Path(spec.data_path).resolve()
-        if path in files:
-            raise DataError(f"node {spec.name}: {spec.data_path} is the file of node {files[path]} already")
-        files[path] = spec.name
-        own = _identifiers(sector, sector.read((path,)))
-        for identifier in own:
-            if identifier in known:
-                raise DataError(
-                    f"node {spec.name}: {spec.data_path} holds {str(identifier)[:40]!r} in column {sector.identifier}, "
-                    f"which {known[identifier]} holds too: each may be at one node only"
-                )
+        known |= dict.fromkeys(_different(shared, sector.identifier), "the shared data")
+    for spec in files:
+        own = _different(sector.read((Path(str(spec.data_path)),)), sector.identifier)
+        twice = next((value for value in own if value in known), None)
+        if twice is not None:
+            raise DataError(
+                f"node {spec.name}: {spec.data_path} holds {str(twice)[:40]!r} in column {sector.identifier}, which "
+                f"{known[twice]} holds too: each may be at one node only"
+            )
         known |= dict.fromkeys(own, f"{spec.data_path} of node {spec.name}")
 
 
-def _identifiers(sector: Sector, table: Any) -> list[Any]:
-    """The different identifiers of a raw table; none where the sector has none."""
-    return list(pd.unique(pd.Series(table[sector.identifier]).dropna())) if sector.identifier else []
+def _different(table: Any, column: str) -> list[Any]:
+    """The different values of a raw table's column, as they first stand there."""
+    return list(pd.unique(pd.Series(table[column]).dropna()))

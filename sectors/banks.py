@@ -69,6 +69,7 @@ class Banks(Binary):
         MetricSpec("auc", "max"),
         MetricSpec("ap_true", "max"),
     )
+    target: ClassVar[str] = "Class"
     schema: ClassVar[tuple[Column, ...]] = SCHEMA
     data_files: ClassVar[tuple[str, ...]] = ("banks/creditcard.csv", "banks/creditcard_sample.csv.gz")
 

@@ -131,8 +131,12 @@ class Sector(ABC):
     """Every metric `metrics` returns besides `loss`, the primary one included."""
     data_files: ClassVar[tuple[str, ...]] = ()
     """Files under the data folder; empty when the data come with a package."""
+    needs_all_files: ClassVar[bool] = False
+    """Whether all of `data_files` are needed; else the first of them that is there is read."""
     num_classes: ClassVar[int | None] = None
     """Classes 0 .. num_classes - 1 that `y` names; None where rows have none."""
+    target: ClassVar[str] = "y"
+    """The column of the raw table that `y` comes from."""
     schema: ClassVar[tuple[Column, ...]] = ()
     """The columns of the raw table, with units, categories and ranges: a file that disagrees is refused."""
     fitted_options: ClassVar[tuple[str, ...]] = ()

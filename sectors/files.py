@@ -110,7 +110,7 @@ def _read_csv(path: Path, text: dict[str, type[str]]) -> pd.DataFrame:
 
     More cells than the header has names are refused, where pandas would take the first ones for an index.
     """
-    names = _names(path, text)
+    names = _names(path)
     options: dict[str, Any] = {
         "dtype": text,
         "low_memory": False,
@@ -127,7 +127,7 @@ def _read_csv(path: Path, text: dict[str, type[str]]) -> pd.DataFrame:
             return pd.read_csv(path, encoding="latin-1", **options)
 
 
-def _names(path: Path, text: dict[str, type[str]]) -> list[str]:
+def _names(path: Path) -> list[str]:
     """The header.  Raises DataError where it cannot be one: pandas would go on with names of its own."""
     first = pd.read_csv(path, header=None, nrows=1, dtype=str, encoding="latin-1", index_col=False)
     names = [str(name).removeprefix("\u00ef\u00bb\u00bf") for name in first.iloc[0]]

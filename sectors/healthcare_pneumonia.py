@@ -68,6 +68,7 @@ class HealthcarePneumonia(Binary):
         MetricSpec("accuracy", "max"),
     )
     data_files: ClassVar[tuple[str, ...]] = ("healthcare/pneumoniamnist.npz",)
+    target: ClassVar[str] = "label"
     schema: ClassVar[tuple[Column, ...]] = (IMAGE, LABEL, SPLIT)
     head: ClassVar[tuple[str, ...]] = ("head.*",)
 

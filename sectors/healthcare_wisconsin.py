@@ -77,6 +77,7 @@ class HealthcareWisconsin(Binary):
 
     name: ClassVar[str] = "healthcare_wisconsin"
     title: ClassVar[str] = "Breast cancer: which aspirates are malignant (Wisconsin)"
+    target: ClassVar[str] = "target"
     schema: ClassVar[tuple[Column, ...]] = SCHEMA
     primary: ClassVar[MetricSpec] = MetricSpec("auc", "max")
     metric_specs: ClassVar[tuple[MetricSpec, ...]] = (

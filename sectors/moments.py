@@ -13,8 +13,6 @@ import numpy.typing as npt
 
 from trellis.vectors import CountSpec
 
-Array = npt.NDArray[Any]
-
 TOLERANCE = 1e-6
 """Of a sum: it was rounded."""
 

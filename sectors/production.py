@@ -126,6 +126,7 @@ class Production(Sector):
         "production/test_FD003.txt",
         "production/RUL_FD003.txt",
     )
+    needs_all_files: ClassVar[bool] = True
     schema: ClassVar[tuple[Column, ...]] = (
         Column("fleet", categories=FLEETS, kind="text"),
         Column("source", categories=SOURCES, kind="text"),

@@ -105,20 +105,20 @@ def _problem(values: Any, column: Column) -> str | None:
     if array.ndim == 0 or not _fits(array.shape[1:], column.shape):
         found = f"values of shape {array.shape[1:]}" if array.ndim else "a single value"
         return f"{found} in column {column.name}, needed is {column.shape or 'a number'}"
-    if array.dtype.kind == "O" and not _not_numbers(values):
-        array = pd.to_numeric(pd.Series(array.reshape(-1)), errors="coerce").to_numpy(np.float64).reshape(array.shape)
     if array.dtype.kind not in "biuf":
-        odd = _not_numbers(values)
-        return f"non-numeric values in column {column.name}{odd}"
+        odd = _not_numbers(array)
+        if odd or array.dtype.kind != "O":
+            return f"non-numeric values in column {column.name}{odd}"
+        array = pd.to_numeric(pd.Series(array.reshape(-1)), errors="coerce").to_numpy(np.float64).reshape(array.shape)
     if column.missing and array.dtype.kind in "iuf":
         array = np.where(np.isin(array, column.missing), np.nan, array.astype(np.float64))
     if array.dtype.kind == "f":
         finite = np.isfinite(array)
         empty = np.isnan(array)
         if (bad := ~finite & ~empty).any():
-            return f"infinite values in column {column.name}{_where(array, bad, column)}"
+            return f"infinite values in column {column.name}{_where(array, bad)}"
         if empty.any() and not column.optional and not column.missing:
-            return f"empty values in column {column.name}{_where(array, empty, column)}"
+            return f"empty values in column {column.name}{_where(array, empty)}"
         array = np.where(empty, _harmless(column), array) if empty.any() else array
     return _range_problem(array, column)
 
@@ -145,9 +145,9 @@ def _range_problem(array: npt.NDArray[Any], column: Column) -> str | None:
             bad |= array > column.high
     if bad.any():
         hint = ": check the unit" if column.unit else ""
-        return f"values outside {column.range} in column {column.name}{_where(array, bad, column)}{hint}"
+        return f"values outside {column.range} in column {column.name}{_where(array, bad)}{hint}"
     if column.integer and array.dtype.kind == "f" and (bad := array != np.round(array)).any():
-        return f"values that are no whole numbers in column {column.name}{_where(array, bad, column)}"
+        return f"values that are no whole numbers in column {column.name}{_where(array, bad)}"
     return None
 
 
@@ -164,15 +164,15 @@ def _text_problem(values: pd.Series, column: Column) -> str | None:
     return None
 
 
-def _where(array: npt.NDArray[Any], bad: npt.NDArray[np.bool_], column: Column) -> str:
+def _where(array: npt.NDArray[Any], bad: npt.NDArray[np.bool_]) -> str:
     """How many rows, the first of them and its value, as a reader of the file counts: data rows from 1."""
     rows = bad.reshape(len(bad), -1).any(axis=1)
     value = array.reshape(len(array), -1)[rows.argmax()][bad.reshape(len(bad), -1)[rows.argmax()].argmax()]
     return f" ({int(rows.sum())} of {len(rows)} rows, first row {_first(rows)}: {value:g})"
 
 
-def _not_numbers(values: Any) -> str:
-    series = pd.Series(np.asarray(values, dtype=object).reshape(-1))
+def _not_numbers(array: npt.NDArray[Any]) -> str:
+    series = pd.Series(array.astype(object).reshape(-1))
     bad = (pd.to_numeric(series, errors="coerce").isna() & ~series.isna()).to_numpy()
     return f" (first row {_first(bad)}: {str(series[bad].iloc[0])[:40]!r})" if bad.any() else ""
 

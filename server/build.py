@@ -16,7 +16,7 @@ from sectors.base import Sector
 from server.reference import reference
 from strategies import preaggregators, rules, samplers, server_optimizers
 from strategies.aggregation import Pipeline
-from strategies.checks import Judge
+from strategies.checks import CountsProblem
 from strategies.exchange import Clock, PlainExchange
 from strategies.flower import Commit, RoundStrategy
 from strategies.observers.suspicion import Suspicion
@@ -94,15 +94,19 @@ def strategy(
 
 
 def exchange(
-    config: RunConfig, counts: Mapping[str, CountSpec], judge: Judge, clock: Clock, scratch: Path | None = None
+    config: RunConfig,
+    counts: Mapping[str, CountSpec],
+    problem: CountsProblem,
+    clock: Clock,
+    scratch: Path | None = None,
 ) -> PlainExchange:
-    """How the run's messages travel; `counts` are what a reply carries for each split, `judge` what they can be."""
+    """How the run's messages travel; `counts` are what a reply has of a split, `problem` why rows cannot have them."""
     return PlainExchange(
         native=True,
         timeout_s=config.round_timeout_s,
         max_update_norm=config.checks.max_update_norm,
         counts=counts,
-        judge=judge,
+        counts_problem=problem,
         metrics=frozenset({"train/loss"}),
         clock=clock,
         max_matrix_bytes=int(config.checks.max_matrix_mb * 2**20),

@@ -22,7 +22,7 @@ from trellis.vectors import Arrays, CountSpec, Layout, TensorSpec, Vector, norm
 
 Check = Callable[[Update], Refusal | None]
 
-Judge = Callable[[Counts], str | None]
+CountsProblem = Callable[[Counts], str | None]
 """Why no rows can have these counts of a split, or None: what only their meaning can tell."""
 
 MAX_METRICS = 64
@@ -47,7 +47,7 @@ class Expected:
     counts: Mapping[str, TensorSpec] | None = None
     splits: tuple[str, ...] = ("validation",)
     metrics: frozenset[str] | None = None
-    judge: Judge | None = None
+    counts_problem: CountsProblem | None = None
 
     @property
     def replies_delta(self) -> bool:
@@ -164,7 +164,7 @@ def _read_counts(content: RecordDict, expected: Expected) -> dict[str, Counts]:
             if not np.isfinite(numbers).all() or (numbers < 0).any() or (numbers > MAX_COUNT).any():
                 raise WireError("counts", f"{split}/{k} has values that are negative, above 2^50 or not finite")
         _within_rows(split, counts[split], specs)
-        problem = expected.judge(counts[split]) if expected.judge is not None else None
+        problem = expected.counts_problem(counts[split]) if expected.counts_problem is not None else None
         if problem is not None:
             raise WireError("counts", f"{split}: {problem}")
     return counts

@@ -108,7 +108,7 @@ class PlainExchange:
     """Cap on the examples declared by nodes that registered no number."""
     counts: Mapping[str, TensorSpec] | None = None
     metrics: frozenset[str] | None = None
-    judge: checks.Judge | None = None
+    counts_problem: checks.CountsProblem | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     clock: Clock | None = None
     """Times the replies; None: nobody asks how long a node took."""
@@ -155,7 +155,7 @@ class PlainExchange:
             counts=self.counts if self.native else None,
             splits=request.splits,
             metrics=self.metrics if self.native else None,
-            judge=self.judge if self.native else None,
+            counts_problem=self.counts_problem if self.native else None,
         )
 
     def read(

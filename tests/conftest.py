@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -31,3 +34,15 @@ def template_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.parent.mkdir(exist_ok=True)
     store.connect(f"sqlite:///{path}")
     return path
+
+
+@pytest.fixture(scope="module")
+def simulated_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """`simulated_once(*overrides)`: the run, made once a module."""
+    from experiments.simulate import simulate
+
+    @cache
+    def run(*overrides: str) -> Any:
+        return simulate([*overrides, f"runs_dir={tmp_path_factory.mktemp('runs')}"])
+
+    return run

@@ -33,7 +33,6 @@ MODELS = ("local_only", "pooled", "federated", "tuned", "local_head")
 LEAST_ROWS = 10
 POOLED_BAR = 0.86
 NUM_FOLDS = 5
-VALIDATION_FRACTION: float = load(["sector=healthcare_heart"]).sector.options["validation_fraction"]
 
 Scores = dict[str, dict[str, float]]
 """AUC by hospital (and "all") and model; NaN where a fold has one class only."""
@@ -49,6 +48,7 @@ def main() -> int:
     with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
         scores = list(pool.map(fold, *zip(*folds, strict=True)))
     hospitals = classes()
+    validation_fraction = load(list(SETTINGS)).sector.options["validation_fraction"]
     print(f"| hospital | rows of each class | {' | '.join(MODELS)} |")
     print(f"|---|---|{'---|' * len(MODELS)}")
     print(f"| all rows | - | {' | '.join(_mean(scores, 'all', model) for model in MODELS)} |")
@@ -63,7 +63,7 @@ def main() -> int:
         cells_ = []
         for model in MODELS[1:]:
             differences = [s[name][model] - s[name]["local_only"] for s in scores]
-            mean, low, high = interval(differences, validation_fraction=VALIDATION_FRACTION)
+            mean, low, high = interval(differences, validation_fraction=validation_fraction)
             cells_.append(f"{mean:+.4f} ({low:+.4f} to {high:+.4f})")
             below += [name] if model == "federated" and name in judged and high < 0 else []
         print(f"| {name}{'' if name in judged else ' (not judged)'} | {' | '.join(cells_)} |")

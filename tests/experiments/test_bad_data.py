@@ -189,13 +189,13 @@ def test_the_shared_file_that_is_not_there_is_nobodys_in_particular(fed: Federat
 
 def test_one_class_in_all_there_is(fed: Federation) -> None:
     fed.write(**{n: patients(1000 * i, ill=0) for i, n in enumerate(NAMES)})
-    assert fed.refused() == "all rows of sector wards are of one class (y = 0): nothing is to learn"
+    assert fed.refused() == "all rows of sector wards are of one class (column ill: y = 0): nothing is to learn"
 
 
 def test_one_class_at_a_node_that_validates(fed: Federation) -> None:
     fed.write(bay=patients(1000, ill=1))
     message = fed.refused()
-    assert message.startswith(f"node bay: all 30 rows in {fed.path('bay')} are of one class (y = 1)")
+    assert message.startswith(f"node bay: all 30 rows in {fed.path('bay')} are of one class (column ill: y = 1)")
     for part in ("cannot validate a model", "another partition", "hold out whole nodes"):
         assert part in message
 
@@ -207,17 +207,20 @@ def test_a_node_of_one_class_may_train_where_it_does_not_validate(fed: Federatio
 
 def test_one_class_is_nothing_to_learn_where_nodes_are_held_out_too(fed: Federation) -> None:
     fed.write(**{n: patients(1000 * i, ill=1) for i, n in enumerate(NAMES)})
-    assert "all rows of sector wards are of one class (y = 1)" in fed.refused(roles={"ash": "validation"})
+    assert "all rows of sector wards are of one class (column ill: y = 1)" in fed.refused(roles={"ash": "validation"})
 
 
 def test_a_part_of_one_class_is_told_by_its_node_and_the_way_out(tmp_path: Path) -> None:
     overrides = ["data=synthetic", "sector.options.alpha=0.01", "sector.options.split_seed=1", "nodes=consortium"]
     runs = tmp_path / "runs"
     with pytest.raises(
-        DataError, match=r"node \w+: all \d+ rows are of one class \(y = [01]\).*larger sector\.options\.alpha"
+        DataError,
+        match=r"node \w+: all \d+ rows are of one class \(column target: y = [01]\).*larger sector\.options\.alpha",
     ):
         simulate([*overrides, "tracking=none", f"runs_dir={runs}"])
     assert not runs.exists()
+    allowed = simulate([*overrides, "checks.allow_one_class=true", "rounds=1", "tracking=none", f"runs_dir={runs}"])
+    assert None in {scores["federated"] for scores in allowed.nodes.values()}, "a node of one class has no AUC"
     held_out = ["nodes=cross_device", "nodes.count=10", "nodes.held_out.validation=0.3", "nodes.held_out.test=0.2"]
     result = simulate([*overrides, *held_out, "rounds=1", "tracking=none", f"runs_dir={runs}"])
     assert result.rounds == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +54,10 @@ def composed(*overrides: str) -> RunConfig:
     return load([*SMALL, *overrides])
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunResult]:
-    """`ran(*overrides)`: the run, made once."""
-
-    @cache
-    def run(*overrides: str) -> RunResult:
-        return simulate([*SMALL, *overrides, f"runs_dir={tmp_path_factory.mktemp('runs')}"])
-
-    return run
+@pytest.fixture
+def ran(simulated_once: Callable[..., RunResult]) -> Callable[..., RunResult]:
+    """`ran(*overrides)`: the small run with them, made once."""
+    return partial(simulated_once, *SMALL)
 
 
 Ran = Callable[..., RunResult]

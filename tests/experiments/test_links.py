@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,10 @@ def nodes(**links: Mapping[str, float]) -> str:
     return f"nodes.items=[{', '.join(items)}]"
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunResult]:
-    """`ran(*overrides)`: the run, made once."""
-
-    @cache
-    def run(*overrides: str) -> RunResult:
-        return simulate([*SMALL, *overrides, f"runs_dir={tmp_path_factory.mktemp('runs')}"])
-
-    return run
+@pytest.fixture
+def ran(simulated_once: Callable[..., RunResult]) -> Callable[..., RunResult]:
+    """`ran(*overrides)`: the small run with them, made once."""
+    return partial(simulated_once, *SMALL)
 
 
 Ran = Callable[..., RunResult]

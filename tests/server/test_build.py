@@ -122,3 +122,9 @@ def test_the_loss_is_the_mean_over_all_rows() -> None:
     assert build.scoring(sector).metrics(counts) == {}
     counts |= {"rows": np.asarray(4), "loss_sum": np.asarray(3.0)}
     assert build.scoring(sector).metrics(counts)["loss"] == 0.75
+
+
+def test_an_engine_that_obeys_no_links_is_not_asked_to() -> None:
+    assert build.check(load(["engine=ray"])).name == "healthcare_wisconsin"
+    with pytest.raises(ConfigError, match=r"engine=ray obeys no links: set engine\.links=false"):
+        build.check(load(["engine=ray", "engine.links=true"]))

@@ -95,15 +95,10 @@ def of_statistics(asked: Asked) -> list[str]:
     return sorted(name for purpose, name in asked if purpose == "statistics")
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunResult]:
+@pytest.fixture
+def ran(simulated_once: Callable[..., RunResult]) -> Callable[..., RunResult]:
     """`ran(*overrides)`: the run, made once."""
-
-    @cache
-    def run(*overrides: str) -> RunResult:
-        return simulate([*overrides, f"runs_dir={tmp_path_factory.mktemp('runs')}"])
-
-    return run
+    return simulated_once
 
 
 Ran = Callable[..., RunResult]

@@ -323,7 +323,7 @@ class Federation:
                 native=self.native,
                 timeout_s=60,
                 counts=COUNTS,
-                judge=some_scored,
+                counts_problem=some_scored,
                 metrics=frozenset({"train/loss"}),
                 max_update_norm=1000,
             ),

@@ -63,6 +63,7 @@ def _list(*, as_json: bool) -> int:
                 "title": sector.title,
                 "primary_metric": {"name": sector.primary.name, "direction": sector.primary.direction},
                 "data_files": list(sector.data_files),
+                "needs_all_files": sector.needs_all_files,
                 "rounds": config.rounds,
             }
         )
@@ -73,7 +74,7 @@ def _list(*, as_json: bool) -> int:
     for heading in ("sector", "task", "primary", "rounds", "data (under $TRELLIS_DATA)"):
         table.add_column(heading)
     for row in rows:
-        files = " or ".join(row["data_files"]) or "inside scikit-learn"
+        files = (" and " if row["needs_all_files"] else " or ").join(row["data_files"]) or "inside scikit-learn"
         table.add_row(row["name"], row["title"], row["primary_metric"]["name"], str(row["rounds"]), files)
     console().print(table)
     return 0
