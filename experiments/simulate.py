@@ -145,8 +145,8 @@ def _check_classes(config: RunConfig, sector: Sector, specs: Sequence[NodeSpec],
             raise DataError(
                 f"node {spec.name}: all {sum(num_rows(own.split(s)) for s in SPLITS)} rows{where} are of one class "
                 f"({_named(sector, found)}), so it cannot validate a model: give it rows of another class, choose "
-                "another partition (dirichlet: a larger sector.options.alpha), hold out whole nodes for validation, or set "
-                "checks.allow_one_class=true"
+                "another partition (dirichlet: a larger sector.options.alpha), hold out whole nodes for validation, "
+                "or set checks.allow_one_class=true"
             )
 
 
