@@ -5,6 +5,7 @@
     ├── DataError           a file, a column or a split is not as it must be
     │   └── MissingData     a data file is not where it was looked for
     ├── WireError           a message does not follow the protocol
+    ├── SecAggError         a step of secure aggregation does not check: a key, a share, a signature, a set
     ├── CohortTooSmall      too few rows for the rule: the round closes, the model stays
     ├── NotFinite           rows cannot be combined in float32: the round closes, the model stays
     ├── PolicyRefusal       this node does not consent to a request
@@ -36,6 +37,16 @@ class MissingData(DataError):
 
 class WireError(TrellisError):
     """A message does not follow the protocol.  `code` is one of `types.REFUSALS`."""
+
+    def __init__(self, code: str, evidence: str) -> None:
+        super().__init__(f"{code}: {evidence}")
+        self.code = code
+        self.evidence = evidence
+
+
+class SecAggError(TrellisError):
+    """A step of secure aggregation does not check.  `code` is one of `types.REFUSALS`, or of `types.POLICY_CODES` where
+    a node refuses what a server asks."""
 
     def __init__(self, code: str, evidence: str) -> None:
         super().__init__(f"{code}: {evidence}")
