@@ -15,6 +15,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from clients import identity
 from clients.momentum import momentum_mod
 from clients.policy import policy_mod
+from clients.secagg import remember_mod, secagg_mod
 from clients.store import store_of
 from trellis import wire
 
@@ -54,15 +55,17 @@ def evaluate(message: Message, context: Context) -> Message:
     return Message(node.evaluate(message, context), reply_to=message)
 
 
-def client_app(*innermost: Mod, replying: Sequence[Mod] = ()) -> ClientApp:
+def client_app(*innermost: Mod, replying: Sequence[Mod] = (), outermost: Sequence[Mod] = ()) -> ClientApp:
     """Our ClientApp.  An engine that simulates adds Mods of its own to training, as it adds attackers.
 
-    `innermost` Mods change what training gives; `replying` ones see and change what the node would reply, its momentum.
+    `innermost` Mods change what training gives; `replying` ones see and change what the node would reply in clear, its
+    momentum; `outermost` ones what it sends.
     """
     app = ClientApp(mods=[policy_mod])
     app.query()(query)
-    app.train(mods=[replay_mod, *replying, momentum_mod, *innermost])(train)
-    app.evaluate(mods=[replay_mod])(evaluate)
+    inside = [*replying, momentum_mod, *innermost]
+    app.train(mods=[*outermost, replay_mod, secagg_mod, remember_mod, *inside])(train)
+    app.evaluate(mods=[replay_mod, secagg_mod, remember_mod])(evaluate)
     return app
 
 

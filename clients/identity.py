@@ -31,6 +31,8 @@ class Identity:
     spec: NodeSpec
     store: Path | None
     simulated: bool
+    file: Path | None = None
+    """Where a real node is described."""
 
 
 def of(context: Context) -> Identity:
@@ -66,8 +68,20 @@ def enrol(context: Context, federation: str, store_root: str) -> NodeSpec:
     except ConfigError as error:
         raise PolicyRefusal("policy.identity", f"cannot read this node from the federation: {error}") from error
     text = canonical.encode(to_json(spec)).decode()
-    context.state[STATE] = ConfigRecord({"spec": text, "store": _store_path(store_root, spec.name)})
+    store = _store_path(store_root, spec.name)
+    context.state[STATE] = ConfigRecord({"spec": text, "store": store, "federation": federation})
     return spec
+
+
+def federation_of(context: Context) -> str:
+    """The federation that a simulated node was told of, JSON of a NodesConfig.
+
+    Raises PolicyRefusal("policy.identity") before it was.
+    """
+    told = context.state.config_records.get(STATE)
+    if told is None:
+        raise PolicyRefusal("policy.identity", "this simulated node has not been enrolled")
+    return str(told["federation"])
 
 
 def _store_path(root: str, name: str) -> str:
@@ -101,4 +115,5 @@ def _from_file(path: str) -> Identity:
         raise PolicyRefusal("policy.identity", f"cannot read this node from {path}: {error}") from error
     if not spec.name:
         raise PolicyRefusal("policy.identity", f"{path} names no node: it needs at least `name: ...`")
-    return Identity(spec, Path(path).resolve().parent / f"{spec.name}.store", simulated=False)
+    file = Path(path).resolve()
+    return Identity(spec, file.parent / f"{spec.name}.store", simulated=False, file=file)

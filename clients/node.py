@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
@@ -43,7 +44,9 @@ def train(message: Message, context: Context) -> RecordDict:
     round_ = request.round if request else _round(message)
     trained = trained_on(task, base, data.train, round=round_, name=node.spec.name)
     splits = request.splits if request else ("validation",)
-    counts = {s: training.evaluate(sector, base, data.split(s), device=task.device) for s in splits}
+    counts = {
+        s: training.evaluate(sector, base, scored(task, data, s, node, round_), device=task.device) for s in splits
+    }
     if store is not None and set(base) != set(shared):
         store.commit(base_digest, {k: v for k, v in trained.arrays.items() if sector.is_local(k)}, run=run)
     return wire.reply_content(
@@ -53,6 +56,18 @@ def train(message: Message, context: Context) -> RecordDict:
         metrics={"train/loss": trained.loss} if trained.num_examples else {},
         counts=counts,
     )
+
+
+def scored(task: NodeTask, data: NodeData, split: str, node: Identity, round: int) -> Rows:
+    """The rows that are scored: all, or of masked validation counts a fresh random half.
+
+    Two sums whose survivors differ by one node tell that node's counts: of half its rows, and never of the same half.
+    """
+    rows = data.split(split)
+    if not task.privacy.masks or split != "validation":
+        return rows
+    seed = canonical.seed_for(task.seed, "half", round, node.spec.name) if task.insecure_rng else secrets.randbits(128)
+    return take(rows, np.flatnonzero(np.random.default_rng(seed).random(num_rows(rows)) < 0.5))
 
 
 def trained_on(task: NodeTask, base: Arrays, rows: Rows, *, round: int, name: str) -> Trained:
@@ -96,7 +111,12 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     shared, base_digest = _received(message, request, "evaluate")
     base = with_local(sector, task, shared, store_of(node), base_digest, request.run if request else None)
     splits = request.splits if request else ("validation",)
-    counts = {s: training.evaluate(sector, base, data.split(s), device=task.device) for s in splits if s in SPLITS}
+    round_ = request.round if request else _round(message)
+    counts = {
+        s: training.evaluate(sector, base, scored(task, data, s, node, round_), device=task.device)
+        for s in splits
+        if s in SPLITS
+    }
     rows = sum(int(c["rows"]) for c in counts.values())
     losses = sum(float(c["loss_sum"]) for c in counts.values())
     if "test_tuned" in splits:

@@ -24,7 +24,10 @@ def policy_mod(message: Message, context: Context, call_next: ClientAppCallable)
         return call_next(message, context)
     try:
         spec = identity.of(context).spec
-        consent(spec, task_of(message))
+        if not _is_stage(message):
+            task = task_of(message)
+            consent(spec, task)
+            _require_masking(spec, task, message)
         reply = call_next(message, context)
         _check_reply(spec, reply)
     except PolicyRefusal as refusal:
@@ -50,6 +53,19 @@ def _task(value: object) -> NodeTask:
         return from_json(NodeTask, json.loads(value) if isinstance(value, str) else value)
     except (ConfigError, ValueError) as error:
         raise WireError("wrong_request", f"cannot read the node config: {error}") from error
+
+
+def _is_stage(message: Message) -> bool:
+    """A question of secure aggregation that asks for nothing about the data: it has consent of its own."""
+    return wire.SECAGG in message.content.config_records and wire.read_request(message) is None
+
+
+def _require_masking(spec: NodeSpec, task: NodeTask, message: Message) -> None:
+    """Raises PolicyRefusal where a run that calls itself masked asks for something in clear."""
+    request = wire.read_request(message)
+    if task.privacy.masks and (request is None or request.masking is None):
+        reason = f"{spec.name}: the run has privacy={task.privacy}, and the message asks for a reply in clear"
+        raise PolicyRefusal("policy.secagg", reason)
 
 
 def consent(spec: NodeSpec, task: NodeTask) -> None:

@@ -1,6 +1,8 @@
 """A node's durable state, all of it: one folder.
 
     reply.bin            the last reply and the digest of the request it answers
+    update.bin           under secure aggregation the last unmasked reply, and what it is about
+    secagg.jsonl         which keys it used, and which sums it helped to unmask
     local/000003.bin     what stays at the node (local layers), committed for a base
     momentum/000003.bin  the node's momentum, likewise
 
@@ -11,11 +13,15 @@ whole or not at all.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,16 +44,46 @@ class NodeStore:
 
     # ------------------------------------------------------------ replies
 
-    def reply(self, request: str) -> RecordDict | None:
+    def reply(self, request: str, *, slot: str = "reply") -> RecordDict | None:
         """The bytes sent in answer to this request digest, if that was the last one answered."""
         try:
-            data = (self.path / "reply.bin").read_bytes()
+            data = (self.path / f"{slot}.bin").read_bytes()
         except FileNotFoundError:
             return None
         return wire.unpack(data[64:]) if data[:64].decode() == request else None
 
-    def keep_reply(self, request: str, content: RecordDict) -> None:
-        self._write(self.path / "reply.bin", request.encode() + wire.pack(content))
+    def keep_reply(self, request: str, content: RecordDict, *, slot: str = "reply") -> None:
+        self._write(self.path / f"{slot}.bin", request.encode() + wire.pack(content))
+
+    # ------------------------------------------------------------ facts
+
+    def facts(self) -> list[dict[str, Any]]:
+        """What was written down with `add`, oldest first.  A last line that a crash cut off never counted."""
+        try:
+            lines = (self.path / "secagg.jsonl").read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Facts are looked at and added to by one process at a time."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "secagg.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def add(self, fact: dict[str, Any]) -> None:
+        """Write a fact down: it cannot be lost any more when this returns."""
+        with open(self.path / "secagg.jsonl", "a+b") as file:
+            file.seek(0)
+            kept = file.read()
+            if kept and not kept.endswith(b"\n"):
+                file.truncate(kept.rfind(b"\n") + 1)  # what a crash cut off never counted
+            file.write(json.dumps(fact).encode() + b"\n")
+            file.flush()
+            if self.durable:
+                os.fsync(file.fileno())
 
     # ------------------------------------------------------------ local state
 

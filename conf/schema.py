@@ -19,7 +19,9 @@ from typing import Any, TypeVar
 
 from trellis import canonical
 from trellis.errors import ConfigError
-from trellis.types import Privacy, Role
+from trellis.identity import Member, simulated
+from trellis.secagg.roster import dealt_out
+from trellis.types import Privacy, Role, Threat
 
 T = TypeVar("T")
 
@@ -34,6 +36,27 @@ class DataSource(StrEnum):
 class EngineName(StrEnum):
     local = "local"
     ray = "ray"
+
+
+class Grouping(StrEnum):
+    """Who decides with whom a node's updates are summed: its site's own list, or a draw among all members."""
+
+    pinned = "pinned"
+    drawn = "drawn"
+
+
+class SurvivorSets(StrEnum):
+    """How many sets of survivors a run may have sums over: any number, or one a group."""
+
+    any = "any"
+    fixed = "fixed"
+
+
+class RepeatBase(StrEnum):
+    """For whom a node answers a base that it answered in another run: for the same survivors, or for any."""
+
+    same_set = "same_set"
+    allow = "allow"
 
 
 class OptimizerName(StrEnum):
@@ -159,6 +182,36 @@ class LinkConfig:
 
 
 @dataclass
+class SecAggPolicy:
+    """What a site asks of every secure aggregation that its node takes part in (docs/secure-aggregation.md)."""
+
+    identity_key: str | None = None
+    """The file of its private key, relative to the node's own file.  Simulated nodes have keys that protect nothing."""
+    members: str | None = None
+    """The file of the members it accepts, with keys and groups; likewise."""
+    least_threat: Threat | None = None
+    """None: malicious_server; a simulated node takes part in either."""
+    min_group: int = 3
+    """Organisations that must be behind every sum."""
+    max_per_organisation: int = 1
+    """Members of one organisation in a group."""
+    max_keys: int = 1024
+    max_draws: int = 4
+    """Draws of groups that come to nothing, in a row."""
+    max_regroupings: int = 4
+    """Different drawn groups that it is ever summed with."""
+    repeat_base: RepeatBase = RepeatBase.same_set
+    survivor_sets: SurvivorSets = SurvivorSets.any
+
+    def __post_init__(self) -> None:
+        _within("policy.secagg.min_group", self.min_group, least=2)
+        _within("policy.secagg.max_per_organisation", self.max_per_organisation, least=1)
+        _within("policy.secagg.max_keys", self.max_keys, least=1)
+        _within("policy.secagg.max_draws", self.max_draws, least=0)
+        _within("policy.secagg.max_regroupings", self.max_regroupings, least=0)
+
+
+@dataclass
 class PolicyConfig:
     """What a node consents to.  It beats the run's config."""
 
@@ -167,6 +220,7 @@ class PolicyConfig:
     least_privacy: Privacy = Privacy.none
     max_examples: int | None = None
     """At most this many of its rows may be trained on in a round."""
+    secagg: SecAggPolicy = field(default_factory=SecAggPolicy)
 
 
 @dataclass
@@ -181,6 +235,10 @@ class NodeSpec:
     data_path: str | None = None
     """A file of its own, in the sector's format; then the whole file is its part."""
     role: Role = Role.train
+    group: str = ""
+    """With whom its updates are summed under secure aggregation; "": as `nodes.group_size` divides them."""
+    public_key: str = ""
+    """Of its identity, hex: what the server knows it by.  Simulated nodes need none."""
     link: LinkConfig = field(default_factory=LinkConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
 
@@ -207,6 +265,9 @@ class NodesConfig:
     count: int = 0
     template: NodeSpec = field(default_factory=NodeSpec)
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
+    group_size: int | None = None
+    """Nodes that are summed together under secure aggregation, at least; None: as many as the rule and the graph
+    allow."""
 
     def expand(self) -> list[NodeSpec]:
         """Every node, with its part filled in, sorted by name.
@@ -222,7 +283,24 @@ class NodesConfig:
         _require(all(names) and not repeated, f"nodes={self.name}: every node needs its own name; repeated: {repeated}")
         for name in names:
             check_name(f"nodes={self.name}: a node's name", name)
-        return sorted(specs, key=lambda s: s.name)
+        return sorted(self._grouped(specs), key=lambda s: s.name)
+
+    def _grouped(self, specs: list[NodeSpec]) -> list[NodeSpec]:
+        """Every node with its group: the one it names, or the one that `group_size` deals it, among its role's."""
+        if self.group_size is not None:
+            _within("nodes.group_size", self.group_size, least=1)
+        found: dict[str, str] = {}
+        for role in Role:
+            of_role = [s for s in specs if s.role is role]
+            named = [s for s in of_role if s.group]
+            _require(
+                len(named) in (0, len(of_role)),
+                f"nodes={self.name}: {len(named)} of {len(of_role)} {role} nodes name a group: all must, or none",
+            )
+            owners = [] if named else [(s.name, s.organisation) for s in of_role]
+            groups = dealt_out(owners, self.group_size or len(owners)) if owners else []
+            found |= {name: f"{role}-{i:03d}" for i, group in enumerate(groups) for name in group}
+        return [dataclasses.replace(s, group=found.get(s.name, s.group)) for s in specs]
 
     def _from_template(self, index: int) -> NodeSpec:
         # Held-out nodes are spread evenly over the indices, so they are a fair sample of an ordered partition.
@@ -276,8 +354,66 @@ class PreAggregatorConfig:
 
 
 @dataclass
+class SecAggConfig:
+    """How updates are masked and summed (docs/secure-aggregation.md)."""
+
+    threat: Threat = Threat.malicious_server
+    """What the server is assumed to be capable of."""
+    clip_norm: float = 10.0
+    """Every node clips its update to this Euclidean norm before it is masked."""
+    grouping: Grouping = Grouping.pinned
+    threshold: int | None = None
+    """Members of a group that must answer; None: as few as the threat allows."""
+    min_group: int = 3
+    """Organisations that must be behind every sum."""
+    max_per_organisation: int = 1
+    allow_no_dropout: bool = False
+    """Whether groups that lose their round when one member is missing may be used."""
+    num_lost_groups: int | None = None
+    """Groups that may be lost in a round without the rule losing its footing; None: 1 with num_byzantine above 0."""
+    num_keys: int = 16
+    """Rounds that the keys of an epoch last for: then three messages make new ones."""
+    max_weight: int = 100
+    """With rule.weighted: the largest of the whole weights that stand for the nodes' rows."""
+    min_resolution: float = 10000.0
+    """Steps in which a coordinate of 1 is told; coarser ones are sent with 64 bits instead of 32."""
+    audit_every: int = 0
+    """In every k-th round groups are drawn anew, so that `suspicion` can tell who is behind bad ones; 0: never."""
+    colluding: float = 0.1
+    """In groups above 100 members: share that may collude ..."""
+    dropping: float = 0.1
+    """... and that may drop out; they give the number of neighbours (Bell et al.)."""
+    offline_timeout_s: float = 300.0
+    """How long a message without training is waited for."""
+    workers: int = 1
+    """Processes that take masks away on the server; with 1 the server's own does."""
+    insecure_rng: bool = False
+    """Tests and studies only: what must come from the OS follows from the seed.  Tagged in every record."""
+
+    def __post_init__(self) -> None:
+        _within("privacy.secagg.clip_norm", self.clip_norm, above=0)
+        _within("privacy.secagg.min_group", self.min_group, least=2)
+        _within("privacy.secagg.max_per_organisation", self.max_per_organisation, least=1)
+        _within("privacy.secagg.num_keys", self.num_keys, least=1)
+        _within("privacy.secagg.max_weight", self.max_weight, least=1)
+        _within("privacy.secagg.min_resolution", self.min_resolution, least=1)
+        _within("privacy.secagg.audit_every", self.audit_every, least=0)
+        _within("privacy.secagg.colluding", self.colluding, least=0, below=1)
+        _within("privacy.secagg.dropping", self.dropping, least=0, below=1)
+        _within("privacy.secagg.offline_timeout_s", self.offline_timeout_s, above=0)
+        _within("privacy.secagg.workers", self.workers, least=1)
+        if self.threshold is not None:
+            _within("privacy.secagg.threshold", self.threshold, least=2)
+        if self.num_lost_groups is not None:
+            _within("privacy.secagg.num_lost_groups", self.num_lost_groups, least=0)
+
+
+@dataclass
 class PrivacyConfig:
+    """What is kept from whom, and how."""
+
     name: Privacy = Privacy.none
+    secagg: SecAggConfig = field(default_factory=SecAggConfig)
 
 
 @dataclass
@@ -481,6 +617,8 @@ class NodeTask:
     proximal_mu: float = 0.0
     fine_tune_epochs: int = 0
     fine_tune_lr: float | None = None
+    insecure_rng: bool = False
+    """What a node draws from the OS follows from the seed instead: for tests and studies."""
 
     @classmethod
     def of(cls, config: RunConfig) -> NodeTask:
@@ -499,7 +637,16 @@ class NodeTask:
             proximal_mu=config.heterogeneity.proximal_mu,
             fine_tune_epochs=config.heterogeneity.fine_tune_epochs,
             fine_tune_lr=config.heterogeneity.fine_tune_lr,
+            insecure_rng=config.privacy.secagg.insecure_rng,
         )
+
+
+def simulated_pins(nodes: NodesConfig) -> dict[str, Member]:
+    """The members of a simulated federation, with the keys that follow from their names."""
+    return {
+        spec.name: Member(spec.name, spec.organisation, simulated(spec.name).public_key, spec.group, spec.role.value)
+        for spec in nodes.expand()
+    }
 
 
 def sector_options(config: RunConfig) -> dict[str, Any]:
@@ -587,4 +734,5 @@ def config_digest(config: RunConfig) -> str:
     # neither an operator's word on a node nor where a matrix lies makes it another run
     for group, key in (("suspicion", "released"), ("checks", "max_matrix_mb")):
         computed[group] = {k: v for k, v in computed[group].items() if k != key}
+    computed["privacy"]["secagg"] = {k: v for k, v in computed["privacy"]["secagg"].items() if k != "workers"}
     return canonical.digest(computed)

@@ -13,11 +13,12 @@ import sectors
 from conf.load import choices
 from conf.schema import DataSource, EngineName, NodeTask, RunConfig, sector_options, to_json
 from sectors.base import Sector
+from server import masking
 from server.reference import reference
 from strategies import preaggregators, rules, samplers, server_optimizers
 from strategies.aggregation import Pipeline
 from strategies.checks import CountsProblem
-from strategies.exchange import Clock, PlainExchange
+from strategies.exchange import Clock, Exchange, PlainExchange
 from strategies.flower import Commit, RoundStrategy
 from strategies.observers.suspicion import Suspicion
 from strategies.records import Scoring
@@ -40,6 +41,7 @@ def check(config: RunConfig) -> Sector:
     _check_engine(config)
     _check_device(config.device)
     rules.require(rule, config.num_byzantine, config.rule.options)
+    masking.check(config)
     _check_cohort(config)
     _check_weighted(config, rule)
     _check_server_rows(config, sector)
@@ -69,9 +71,19 @@ def _check_local_layers(sector: Sector) -> None:
 
 
 def strategy(
-    config: RunConfig, sector: Sector, *, clock: Clock, commit: Commit, scratch: Path | None = None
+    config: RunConfig,
+    sector: Sector,
+    *,
+    clock: Clock,
+    commit: Commit,
+    scratch: Path | None = None,
+    simulated: bool = True,
 ) -> RoundStrategy:
-    """The run's strategy.  `check` has passed.  A matrix too large for memory lies in the folder `scratch`."""
+    """The run's strategy.  `check` has passed.
+
+    A matrix too large for memory, and sums that nobody gives twice, lie in the folder `scratch`.
+    """
+    masked = masking.plan_of(config) if config.privacy.name.masks else None
     return RoundStrategy(
         rule=rules.get(config.rule.name),
         rule_options=config.rule.options,
@@ -80,7 +92,9 @@ def strategy(
         num_byzantine=config.num_byzantine,
         weighted=config.rule.weighted,
         sampler=_sampler(config),
-        exchange=exchange(config, sector.all_counts(), sector.counts_problem, clock, scratch),
+        exchange=exchange(config, sector.all_counts(), sector.counts_problem, clock, scratch, simulated=simulated),
+        groups=masked.rows if masked is not None else None,
+        cohort_rounds=config.privacy.secagg.num_keys,
         reference=reference(config, sector) if _needs_reference(config) else None,
         server_optimizer=_server_optimizer(config),
         suspicion=_suspicion(config),
@@ -99,8 +113,12 @@ def exchange(
     problem: CountsProblem,
     clock: Clock,
     scratch: Path | None = None,
-) -> PlainExchange:
+    *,
+    simulated: bool = True,
+) -> Exchange:
     """How the run's messages travel; `counts` are what a reply has of a split, `problem` why rows cannot have them."""
+    if config.privacy.name.masks:
+        return masking.exchange(config, counts, problem, clock, scratch, simulated=simulated)
     return PlainExchange(
         native=True,
         timeout_s=config.round_timeout_s,
@@ -174,8 +192,10 @@ def _check_suspicion(config: RunConfig) -> None:
 
 def _check_catalogues(config: RunConfig) -> None:
     """What a user configured is never skipped: only what exists can be asked for."""
-    if config.privacy.name != "none":
-        raise ConfigError(f"privacy={config.privacy.name} does not exist; choose one of: none")
+    if config.privacy.name not in choices("privacy"):
+        raise ConfigError(
+            f"privacy={config.privacy.name} does not exist; choose one of: {', '.join(choices('privacy'))}"
+        )
     if config.attack.name not in choices("attack"):
         known = ", ".join(choices("attack"))
         raise ConfigError(f"attack={config.attack.name} does not exist; choose one of: {known}")
@@ -245,6 +265,8 @@ def _check_cohort(config: RunConfig) -> None:
     try:
         if size < config.min_replies:
             raise CohortTooSmall(f"{config.min_replies} are needed: min_replies={config.min_replies}")
+        if config.privacy.name.masks:
+            size = masking.require_rows(config, line)
         line.require_rows(size, config.num_byzantine)
         line.require_names(weighted=config.rule.weighted)
         _check_selected(config, line.num_rows(size))

@@ -6,6 +6,7 @@
     records/               one RoundRecord a file; also the spool of the tracking server
     versions/round-00007/  model.safetensors, card.json, MLmodel (server/versions.py)
     statistics.json        what the sector fitted on the nodes' statistics (server/statistics.py)
+    secagg/                sums of masked updates that are not part of a committed round yet (strategies/sums.py)
     nodes/<name>/          the nodes' own stores (simulation only)
     tracking.json          what has been delivered to the tracking server (server/tracking.py)
     result.json            the summary that `--json` prints, once the run has ended
@@ -15,30 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trellis.durable import write_atomically
 from trellis.errors import ResumeError
 from trellis.types import Purpose, Refusal, RoundRecord
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Temporary file, fsync, rename: after a crash at any point `path` holds the old bytes or the new ones."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must be on disk before anything that follows from it
-    finally:
-        os.close(folder)
 
 
 @dataclass(frozen=True, slots=True)

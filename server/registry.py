@@ -99,4 +99,6 @@ def _info(spec: NodeSpec, node_id: int) -> NodeInfo:
         role=spec.role,
         availability=spec.link.availability,
         max_examples=spec.policy.max_examples,
+        group=spec.group,
+        public_key=bytes.fromhex(spec.public_key),
     )

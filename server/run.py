@@ -23,14 +23,14 @@ from conf.schema import DataSource, RunConfig, config_digest, to_json
 from sectors import schema
 from sectors.base import Sector
 from sectors.params import initial_arrays
-from server import build, checkpoint, registry, statistics, versions
+from server import build, checkpoint, masking, registry, statistics, versions
 from server.folder import RunFolder
 from server.statistics import Fitted
 from server.tracking import Delivery, RunInfo, TrackerLike, git_digest, make_tracker
 from strategies.exchange import Clock, StoppedClock, WallClock, door
 from strategies.flower import fresh_secret
 from trellis import wire
-from trellis.errors import ResumeError
+from trellis.errors import ConfigError, ResumeError
 from trellis.types import NodeInfo, RoundRecord, ServerState
 from trellis.vectors import digest
 
@@ -91,8 +91,12 @@ def run(
     with _opened(config, sector, overrides) as (folder, run_id):
         clock = clock_of(grid)
         ask = door(grid, clock)
-        nodes = registry.enrol(grid, ask, config, schema=schema.digest(sector.schema), store=_store(folder))
-        asking = build.exchange(config, sector.all_statistic_specs(), sector.statistics_problem, clock)
+        simulated = engine_of(grid) != "deployment"
+        _require_secure(config, simulated)
+        grouped = replace(config, nodes=masking.federation(config))
+        nodes = registry.enrol(grid, ask, grouped, schema=schema.digest(sector.schema), store=_store(folder))
+        specs, problem = sector.all_statistic_specs(), sector.statistics_problem
+        asking = build.exchange(config, specs, problem, clock, folder.path, simulated=simulated)
         found = statistics.fitted(folder, config, sector, asking, nodes, ask, run_id)
         sector = sector.fitted(found.options)
         state = _restored(folder, config, sector, found, run_id, fresh_secret(grid))
@@ -105,6 +109,12 @@ def run(
         result = summarise(folder, config, sector, found, state, delivery, engine_of(grid), seconds)
         folder.write_json(folder.result_path, asdict(result))
         return result
+
+
+def _require_secure(config: RunConfig, simulated: bool) -> None:
+    """Raises ConfigError where a real federation would draw its secrets from a seed."""
+    if config.privacy.secagg.insecure_rng and not simulated:
+        raise ConfigError("privacy.secagg.insecure_rng=true is for simulations: anybody could foresee what is drawn")
 
 
 def _train(
@@ -131,7 +141,9 @@ def _train(
             on_round(after, record)
 
     fitted = statistics.with_fitted(config, found)
-    strategy = build.strategy(fitted, sector, clock=clock_of(grid), commit=commit, scratch=folder.path)
+    simulated = engine_of(grid) != "deployment"
+    clock = clock_of(grid)
+    strategy = build.strategy(fitted, sector, clock=clock, commit=commit, scratch=folder.path, simulated=simulated)
     return strategy.run(grid, state, nodes, rounds=config.rounds)
 
 

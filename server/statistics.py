@@ -24,7 +24,7 @@ from sectors.base import Sector
 from server.folder import RunFolder
 from strategies.exchange import Ask, Exchange
 from trellis.errors import CohortTooSmall, ResumeError
-from trellis.types import NodeInfo, Refusal, Request, Role, Update
+from trellis.types import Collected, Counts, NodeInfo, Refusal, Request, Role, Update
 from trellis.vectors import digest
 
 
@@ -105,8 +105,9 @@ def _ask(
     collected = exchange.collect(request, cohort, ask, base={})
     refused = {u.node: why for u in collected.updates if (why := _more_rows(u, cohort)) is not None}
     refusals = (*collected.refusals, *(Refusal(node, "num_examples", why) for node, why in refused.items()))
-    many = [u for u in collected.updates if u.node not in refused]
-    counts = [u.counts["train"] for u in many]
+    answered = _behind(collected, refused)
+    counts = [found["train"] for found, _ in answered]
+    many = sorted(name for _, names in answered for name in names)
     if len(many) < config.min_replies or not sum(int(c["rows"]) for c in counts):
         told = "; ".join(f"{r.node}: {r.reason}, {r.evidence}" for r in refusals[:5])
         raise CohortTooSmall(
@@ -116,7 +117,7 @@ def _ask(
     totals = {k: sum((c[k] for c in counts[1:]), start=counts[0][k]) for k in counts[0]}
     return Fitted(
         options=sector.fit(totals),
-        nodes=tuple(u.node for u in many),
+        nodes=tuple(many),
         rows=int(totals["rows"]),
         refusals=refusals,
         bytes_up=collected.bytes_up,
@@ -124,8 +125,17 @@ def _ask(
     )
 
 
+def _behind(collected: Collected, refused: Mapping[str, str]) -> list[tuple[Mapping[str, Counts], tuple[str, ...]]]:
+    """Counts, and whose they are: each node's own, or the sum of a group."""
+    if collected.groups is not None:
+        return [(group.counts, group.survivors) for group in collected.groups if "train" in group.counts]
+    return [(update.counts, (update.node,)) for update in collected.updates if update.node not in refused]
+
+
 def _more_rows(update: Update, cohort: Sequence[NodeInfo]) -> str | None:
     """What is wrong with a node's statistics of more training rows than it registered, or the federation allows it."""
+    if "train" not in update.counts:  # masked: the exchange has held the sum against what was registered
+        return None
     most = next(node.num_examples for node in cohort if node.name == update.node)
     rows = int(update.counts["train"]["rows"])
     return f"statistics of {rows} rows, {most} are registered" if most is not None and rows > most else None

@@ -32,7 +32,7 @@ from trellis.vectors import Arrays, Layout, TensorSpec, Vector
 MAX_EVIDENCE = 300
 """Characters of a refusal's evidence that are kept."""
 
-_REASONS = {int(ErrorCode.NODE_UNAVAILABLE): "unavailable"} | {code: why for why, code in POLICY_CODES.items()}
+REASONS = {int(ErrorCode.NODE_UNAVAILABLE): "unavailable"} | {code: why for why, code in POLICY_CODES.items()}
 
 
 class Clock(Protocol):
@@ -308,18 +308,22 @@ def _read_reply(
     out: Vector | None,
 ) -> Update | Refusal:
     if reply.has_error():
-        code, reason = reply.error.code, str(reply.error.reason)
-        return _refusal(node, _REASONS.get(code, "error_reply"), reason)
+        return refused_by_error(node, reply)
     try:
         update = checks.read_update(node, reply.content, expected, out=out)
     except WireError as error:
-        return _refusal(node, error.code, error.evidence)
+        return refused(node, error.code, error.evidence)
     except Exception as error:  # a stranger's reply must never end the round, whatever it breaks
-        return _refusal(node, "undecodable", f"{type(error).__name__}: {error}")
+        return refused(node, "undecodable", f"{type(error).__name__}: {error}")
     return next((r for r in (check(update) for check in update_checks) if r is not None), update)
 
 
-def _refusal(node: str, reason: str, evidence: str) -> Refusal:
+def refused_by_error(node: str, reply: Message) -> Refusal:
+    """A node's error reply: its own refusal, or its failure."""
+    return refused(node, REASONS.get(reply.error.code, "error_reply"), str(reply.error.reason))
+
+
+def refused(node: str, reason: str, evidence: str) -> Refusal:
     """A refusal whose evidence, a stranger's text, is short and printable."""
     printable = "".join(c if c.isprintable() else " " for c in evidence[:MAX_EVIDENCE])
     return Refusal(node, reason, printable)

@@ -9,6 +9,7 @@ that close without a step.  A bad reply costs its sender the round; too few left
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +26,8 @@ from flwr.serverapp.strategy import Result, Strategy
 from strategies import records, rules, samplers, server_optimizers
 from strategies.aggregation import Pipeline
 from strategies.exchange import Ask, Clock, Exchange, PlainExchange, WallClock, door
-from strategies.observers import suspicion
+from strategies.grouping import Groups
+from strategies.observers import regrouping, suspicion
 from strategies.rows import Rows
 from trellis import canonical, wire
 from trellis.errors import CohortTooSmall, ConfigError, NotFinite
@@ -40,6 +42,7 @@ from trellis.types import (
     Role,
     RoundRecord,
     RoundView,
+    Row,
     RuleSpec,
     ServerState,
     Update,
@@ -72,6 +75,11 @@ class RoundStrategy(Strategy):
     """Where rules compute: cpu is numpy, anything else a device of torch."""
     scoring: records.Scoring | None = None
     min_replies: int = 1
+    """Nodes that must be behind the rows of a round."""
+    groups: Groups | None = None
+    """Under secure aggregation: a row is a group's."""
+    cohort_rounds: int = 1
+    """Rounds that a drawn cohort is asked for: an epoch of secure aggregation."""
     tunes: bool = False
     """Whether nodes that train also test the last version fine-tuned on their own rows."""
     node_config: Mapping[str, Any] = field(default_factory=dict)
@@ -106,11 +114,13 @@ class RoundStrategy(Strategy):
         quarantined = self._quarantined(state)
         trainers = [n for n in nodes if n.role is Role.train and n.name not in quarantined]
         judges = [n for n in nodes if n.role is Role.validation and n.name not in quarantined]
-        cohort = self.sampler(self._rng(state, "cohort"), trainers)
+        cohort = self._cohort(state, trainers)
         # of those asked, not of those who answered: who keeps others from answering must not lower it
         num_byzantine = self._tolerated(len(cohort), self._num_caught(state, nodes))
         request = self.request(state, cohort)
         collected = self.exchange.collect(request, cohort, ask, base=state.params)
+        # a liar that was named went with its group
+        num_byzantine = max(num_byzantine - collected.liars_out, 0)
         judged = self._judge(state, judges, ask, splits=("validation",)) if judges else None
 
         stepped = time.perf_counter()
@@ -130,7 +140,7 @@ class RoundStrategy(Strategy):
             closed=closed,
             aggregate_norm=norm(aggregated.update_d) if aggregated else 0.0,
             weights=records.weights(collected, aggregated),
-            findings=findings,
+            findings={**findings, **records.masked_findings(collected)},
             suspicion=self.suspicion.llr(after.observers.get(suspicion.NAME)) if self.suspicion else {},
             quarantined=self._quarantined(after),
             seconds=seconds,
@@ -167,6 +177,14 @@ class RoundStrategy(Strategy):
             splits=splits,
         )
 
+    def _cohort(self, state: ServerState, trainers: Sequence[NodeInfo]) -> list[NodeInfo]:
+        """Who is asked.  Under secure aggregation whole groups are drawn, for as long as their keys last."""
+        if self.groups is None or self.sampler is samplers.everyone:
+            return self.sampler(self._rng(state, "cohort"), trainers)
+        epoch = state.round // self.cohort_rounds
+        rng = np.random.default_rng(canonical.seed_for(state.seed, "cohort", epoch))
+        return samplers.whole_groups(self.sampler, rng, trainers)
+
     def _judge(self, state: ServerState, cohort: Sequence[NodeInfo], ask: Ask, *, splits: tuple[str, ...]) -> Collected:
         request = self.request(state, cohort, purpose="evaluate", splits=splits)
         return self.exchange.collect(request, cohort, ask, base=state.params)
@@ -200,7 +218,7 @@ class RoundStrategy(Strategy):
 
         Raises CohortTooSmall when quorum or rule need more rows.
         """
-        found = len(collected.rows)
+        found = sum(len(row.members) for row in collected.rows)
         if found < self.min_replies:
             raise CohortTooSmall(f"{found} good replies, {self.min_replies} are needed: min_replies={self.min_replies}")
         if self.weighted and not any(row.weight for row in collected.rows):
@@ -209,12 +227,18 @@ class RoundStrategy(Strategy):
         offers: dict[str, Callable[[], Any]] = {
             "rng": lambda: self._rng(state, "rule", state.secret),
             "names": lambda: [row.members for row in collected.rows],
-            "weights": lambda: np.array([row.weight for row in collected.rows]) if self.weighted else None,
+            "weights": lambda: self._weights(collected.rows),
             "state": lambda: state.rule,
             **({"reference_d": lambda: reference(state)} if reference else {}),
         }
         liars = self.num_byzantine if num_byzantine is None else num_byzantine
         return self.pipeline(self._rows(collected), num_byzantine=liars, offers=offers)
+
+    def _weights(self, rows: Sequence[Row]) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+        """What rows weigh: what was registered, or as many as they are of; None: all the same."""
+        if self.weighted:
+            return np.array([row.weight for row in rows], np.float64)
+        return np.array([len(row.members) for row in rows], np.float64) if self.groups is not None else None
 
     def _rows(self, collected: Collected) -> Rows:
         return Rows(collected.updates_nd, device=None if self.device == "cpu" else self.device)
@@ -245,8 +269,9 @@ class RoundStrategy(Strategy):
         return len(self.suspicion.caught_lying(state.observers.get(suspicion.NAME)) - judges)
 
     def _fits(self, cohort_size: int, num_byzantine: int) -> bool:
+        rows = cohort_size if self.groups is None else self.groups.num_rows(cohort_size)
         try:
-            self.pipeline.require_rows(cohort_size, num_byzantine)
+            self.pipeline.require_rows(rows, num_byzantine)
         except CohortTooSmall:
             return False
         return cohort_size >= self.min_replies
@@ -266,16 +291,34 @@ class RoundStrategy(Strategy):
             return self._fits(len(cohort) - num_more, num_byzantine)
 
         many = [collected, judged] if judged else [collected]
-        return RoundView(
+        view = RoundView(
             round=state.round + 1,
             rows=collected.rows,
             aggregated=aggregated,
             refusals=tuple(refusal for each in many for refusal in each.refusals),
             base=state.params,
-            answered=tuple(sorted(update.node for each in many for update in each.updates)),
+            # a reply that is masked says nothing for its node
+            answered=tuple(sorted(u.node for each in many if each.groups is None for u in each.updates)),
             updates_nd=self._rows(collected),
             fits=fits,
         )
+        return replace(view, evidence=self._evidence(view, collected, num_byzantine))
+
+    def _evidence(self, view: RoundView, collected: Collected, num_byzantine: int) -> dict[str, float]:
+        """What groups that were drawn for this round say of their members, as a log-likelihood ratio each."""
+        drawn = [group for group in collected.groups or () if group.drawn]
+        of = {group.survivors: group.members for group in drawn}
+        groups = [of[row.members] for row in view.rows if row.members in of]
+        if self.suspicion is None or not groups or len(groups) < len(view.rows):
+            return {}
+        num_nodes, liars = sum(len(group.members) for group in drawn), max(self.num_byzantine, 1)
+        # what one liar adds to a mean of g is g times shorter, what honest nodes differ by only sqrt(g) times
+        factor = self.suspicion.outlier_factor / math.sqrt(num_nodes / len(drawn))
+        found = regrouping.flagged_groups(view, num_byzantine=max(num_byzantine, 1), outlier_factor=factor)
+        test = regrouping.GroupTest(1 - self.suspicion.liar_flag_rate, self.suspicion.honest_flag_rate)
+        evidence = regrouping.evidence(groups, set(found), num_nodes=num_nodes, num_byzantine=liars, test=test)
+        answered = {name for row in view.rows for name in row.members}
+        return {name: llr for name, llr in evidence.items() if name in answered}
 
     def _observe(self, after: ServerState, view: RoundView) -> tuple[ServerState, dict[str, float]]:
         states, findings = dict(after.observers), dict[str, float]()

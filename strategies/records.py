@@ -55,6 +55,7 @@ def record(
         {n.name for n in cohort} | {u.node for u in updates} | {r.node for r in refusals if r.reason != "unknown_node"}
     )
     norms = {u.node: u.norm for u in collected.updates}
+    clear = collected.groups is None
     return RoundRecord(
         run=before.run,
         round=request.round,
@@ -65,16 +66,63 @@ def record(
         asked=tuple(sorted(asked)),
         answered=tuple(sorted(u.node for u in updates)),
         refusals=refusals,
-        base_metrics={**mean_metrics(collected.updates), **score(scoring, updates)},
-        node_metrics={u.node: {**u.metrics, **score(scoring, [u])} for u in updates},
-        num_examples={u.node: u.num_examples for u in updates},
-        update_norms={row.members[0]: _norm(row, norms) for row in collected.rows if len(row.members) == 1},
+        base_metrics={**_means(collected), **score(scoring, counted(collected, judged))},
+        node_metrics={u.node: {**u.metrics, **score(scoring, [u])} for u in updates} if clear else {},
+        num_examples={u.node: u.num_examples for u in updates} if clear else {},
+        update_norms={row.members[0]: _norm(row, norms) for row in collected.rows} if clear else {},
         bytes_up=collected.bytes_up + (judged.bytes_up if judged else 0),
         bytes_down=collected.bytes_down + (judged.bytes_down if judged else 0),
         node_bytes={**(judged.node_bytes if judged else {}), **collected.node_bytes},
         node_seconds={**(judged.node_seconds if judged else {}), **collected.node_seconds},
         stragglers=stragglers(collected),
+        groups=None if clear else groups(collected, judged),
     )
+
+
+def counted(*many: Collected | None) -> list[Mapping[str, Counts]]:
+    """Counts by split: one a node, or one a group where nodes' own are masked."""
+    found: list[Mapping[str, Counts]] = []
+    for collected in (each for each in many if each is not None):
+        sums = [group.counts for group in collected.groups or () if group.survivors]
+        found += sums if collected.groups is not None else [update.counts for update in collected.updates]
+    return found
+
+
+def _means(collected: Collected) -> dict[str, float]:
+    """Means over nodes of what they report: of their own reports, or of their groups' sums."""
+    if collected.groups is None:
+        return mean_metrics(collected.updates)
+    summed = [group for group in collected.groups if "train_loss" in group.metrics]
+    nodes = sum(len(group.survivors) for group in summed)
+    return {"train/loss": sum(group.metrics["train_loss"] for group in summed) / nodes} if nodes else {}
+
+
+def masked_findings(collected: Collected) -> dict[str, float]:
+    """What became of the groups, and how many of their members' updates were clipped."""
+    if collected.groups is None:
+        return {}
+    return {
+        "secagg/num_groups": float(len(collected.groups)),
+        "secagg/num_groups_lost": float(sum(group.lost is not None for group in collected.groups)),
+        "secagg/num_groups_voided": float(sum(group.voided is not None for group in collected.groups)),
+        "secagg/num_clipped": sum(group.metrics.get("num_clipped", 0.0) for group in collected.groups),
+    }
+
+
+def groups(*many: Collected | None) -> dict[str, dict[str, Any]]:
+    """What is recorded of each group."""
+    return {
+        group.name: {
+            "members": list(group.members),
+            "survivors": list(group.survivors),
+            "lost": group.lost,
+            "voided": group.voided,
+            "num_clipped": int(group.metrics.get("num_clipped", 0)),
+        }
+        for collected in many
+        if collected is not None
+        for group in collected.groups or ()
+    }
 
 
 def stragglers(collected: Collected) -> tuple[str, ...]:
@@ -90,15 +138,16 @@ def _norm(row: Row, measured: Mapping[str, float | None]) -> float:
     return norm(row.update_d) if known is None else known
 
 
-def score(scoring: Scoring | None, updates: Sequence[Update]) -> dict[str, float]:
-    """Metrics of the base from the sum of the nodes' counts: exact over all their rows."""
+def score(scoring: Scoring | None, many: Sequence[Update | Mapping[str, Counts]]) -> dict[str, float]:
+    """Metrics of the base from the sum of the nodes' counts, or of groups' sums: exact over all their rows."""
     if scoring is None:
         return {}
     scores: dict[str, float] = {}
+    all_counts = [each.counts if isinstance(each, Update) else each for each in many]
     for split, prefix in SPLIT_PREFIX.items():
-        many = [u.counts[split] for u in updates if split in u.counts]
-        if many and sum(int(c["rows"]) for c in many):
-            totals = {k: sum((c[k] for c in many[1:]), start=many[0][k]) for k in many[0]}
+        found = [counts[split] for counts in all_counts if split in counts]
+        if found and sum(int(c["rows"]) for c in found):
+            totals = {k: sum((c[k] for c in found[1:]), start=found[0][k]) for k in found[0]}
             scores.update({f"{prefix}/{k}": v for k, v in scoring.metrics(totals).items()})
     return scores
 

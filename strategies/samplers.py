@@ -45,6 +45,15 @@ def by_availability(*, fraction: float = 1.0, min_nodes: int = 1) -> Sampler:
     return sample
 
 
+def whole_groups(sampler: Sampler, rng: np.random.Generator, nodes: Sequence[NodeInfo]) -> list[NodeInfo]:
+    """What `sampler` draws when it is shown one node a group, each with all of its group: who is summed together."""
+    groups: dict[str, list[NodeInfo]] = {}
+    for node in _active(nodes):
+        groups.setdefault(node.group, []).append(node)
+    chosen = sampler(rng, [members[0] for members in groups.values()])
+    return sorted((n for first in chosen for n in groups[first.group]), key=lambda n: n.name)
+
+
 def _active(nodes: Sequence[NodeInfo]) -> list[NodeInfo]:
     return sorted((n for n in nodes if n.status == "active"), key=lambda n: n.name)
 

@@ -6,6 +6,7 @@
     │   └── MissingData     a data file is not where it was looked for
     ├── WireError           a message does not follow the protocol
     ├── SecAggError         a step of secure aggregation does not check: a key, a share, a signature, a set
+    ├── BaseSpent           a masked round was asked for again, and its sum is gone: the run stops
     ├── CohortTooSmall      too few rows for the rule: the round closes, the model stays
     ├── NotFinite           rows cannot be combined in float32: the round closes, the model stays
     ├── PolicyRefusal       this node does not consent to a request
@@ -52,6 +53,10 @@ class SecAggError(TrellisError):
         super().__init__(f"{code}: {evidence}")
         self.code = code
         self.evidence = evidence
+
+
+class BaseSpent(TrellisError):
+    """Nodes answer for a base once, and what they answered for this one does not make a round."""
 
 
 class CohortTooSmall(TrellisError):

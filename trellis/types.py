@@ -7,8 +7,9 @@ Frozen values and function protocols only; no Flower, no Hydra, no MLflow.  Shap
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -21,14 +22,16 @@ from trellis.vectors import Vector
 Purpose = Literal["train", "evaluate", "statistics"]
 Counts = dict[str, npt.NDArray[np.generic]]
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the messages between server and node."""
 
 REFUSALS = (
     "unknown_node", "error_reply", "late", "duplicate", "wrong_request", "wrong_records", "wrong_keys", "wrong_shape",
     "wrong_dtype", "not_finite", "norm", "num_examples", "metrics", "counts", "oversize", "undecodable", "unavailable",
+    "bad_signature", "bad_key", "bad_share", "bad_complaint", "group_lost",
 )  # fmt: skip
-"""Every reason for which the server turns a reply away.  A policy's refusal is listed under its own `policy.*` code."""
+"""Every reason for which the server turns a reply away.  A policy's refusal is listed under its own `policy.*` code.
+`group_lost`: the node did nothing wrong, but the sum of its group under secure aggregation could not be had."""
 
 POLICY_CODES = {
     "policy.sector": 1001,
@@ -36,6 +39,7 @@ POLICY_CODES = {
     "policy.max_examples": 1003,
     "policy.protocol": 1004,
     "policy.identity": 1005,
+    "policy.secagg": 1006,
 }
 """Reasons for which a node refuses a request, and the code of Flower's error reply that carries each."""
 
@@ -46,6 +50,19 @@ class Role(StrEnum):
     train = "train"
     validation = "validation"
     test = "test"
+
+
+class Threat(StrEnum):
+    """What a server is assumed to be capable of, under secure aggregation."""
+
+    semi_honest = "semi_honest"
+    """It follows the protocol, and looks at everything it gets."""
+    malicious_server = "malicious_server"
+    """It sends whatever it likes to whomever it likes."""
+
+    def at_least(self, least: Threat) -> bool:
+        """Whether what is safe under this assumption is safe under `least`."""
+        return self is Threat.malicious_server or least is Threat.semi_honest
 
 
 class Privacy(StrEnum):
@@ -62,6 +79,11 @@ class Privacy(StrEnum):
     def protects(self) -> frozenset[str]:
         """What the mode guarantees to a node."""
         return _PROTECTS[self]
+
+    @property
+    def masks(self) -> bool:
+        """Whether nodes' updates and counts are masked: the server learns sums only."""
+        return "update_hidden" in self.protects
 
     def at_least(self, least: Privacy) -> bool:
         """Whether every guarantee of `least` is among this mode's."""
@@ -105,7 +127,55 @@ class NodeInfo:
     """Training rows it registered: its weight where rows are weighed; None weighs nothing."""
     num_rows: int | None = None
     """All rows it registered: the most it may score."""
+    group: str = ""
+    """With whom its updates are summed under secure aggregation."""
+    public_key: bytes = b""
+    """Of its identity, Ed25519."""
     status: str = "active"
+
+
+@dataclass(frozen=True, slots=True)
+class CountField:
+    """One additive count in a masked vector: `size` words from where the last one ended, in units of 2 ** exponent.
+
+    No node's count is above `most`, and all members' together fit a word.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    exponent: int
+    most: float
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """How the members of one group mask what they reply to a request (facts of `trellis.secagg`).
+
+    All of it is in the request's digest, from which masks are derived: members that were told different settings
+    cannot be summed.
+    """
+
+    epoch: str
+    group: str
+    roster: str
+    """Digest of the group, its keys and its threshold, as the members were told when the epoch began."""
+    confirmed: str
+    """Digest of the members' keys and shares, which they signed."""
+    members: tuple[str, ...]
+    """Whose masks are in the sum, sorted; all of the group whose keys and shares were good."""
+    quorum: int
+    clip_norm: float
+    scale: int
+    dtype: str
+    dim: int
+    counts: tuple[CountField, ...]
+    weights: tuple[int, ...]
+    """Whole weights of the members, held by the server; all 1 where rows are not weighed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +183,8 @@ class Request:
     """What a round asks, one value for all its members.
 
     `config` is the whole node config (JSON values).  The digest is the key of every cache at a node, and what nodes
-    sign and derive masks from; so nothing about a single node is in it.  `run` survives resume.
+    sign and derive masks from; so nothing about a single node is in it.  `run` survives resume.  Under secure
+    aggregation there is one a group: `members` are all who are asked, `masking` is the group's.
     """
 
     run: str
@@ -126,6 +197,9 @@ class Request:
     """Which of its rows a node evaluates the base on; "test_tuned": what the base is on them once the node has
     fine-tuned it on its own training rows."""
     key_index: int | None = None
+    """Which of the epoch's keys the reply is masked with."""
+    masking: Masking | None = None
+    """None: replies travel in clear."""
 
     def encode(self) -> bytes:
         return canonical.encode(
@@ -139,6 +213,7 @@ class Request:
                 "members": list(self.members),
                 "splits": list(self.splits),
                 "key_index": self.key_index,
+                "masking": None if self.masking is None else asdict(self.masking),
                 "reply": "delta",
             }
         )
@@ -202,6 +277,34 @@ class Collected:
     """Payload bytes (down, up) of every node that was asked."""
     node_seconds: Mapping[str, float] = field(default_factory=dict)
     """Between question and reply, of every node that replied in time; empty where time stands still."""
+    groups: tuple[GroupSum, ...] | None = None
+    """Under secure aggregation, every group that was asked; None where nodes' own replies are seen."""
+
+    @property
+    def liars_out(self) -> int:
+        """Groups lost to a named liar: so many liars fewer are among the rows."""
+        return sum(group.lost_to_liar for group in self.groups or ())
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSum:
+    """What is known of a group in a round: who is in its sum, and the sum of their counts and metrics."""
+
+    name: str
+    members: tuple[str, ...]
+    """All of the group."""
+    survivors: tuple[str, ...] = ()
+    """Whose replies are in the sum; none when it was lost."""
+    counts: Mapping[str, Counts] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Sums over the survivors."""
+    lost: str | None = None
+    """Why there is no sum."""
+    lost_to_liar: bool = False
+    voided: str | None = None
+    """Why its counts were left out: no rows that are registered can have them."""
+    drawn: bool = False
+    """Whether the group was drawn for this round, and is not the one its members have pinned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,3 +447,6 @@ class RoundRecord:
     """Between question and reply, by node: virtual in the local engine, real in deployment."""
     stragglers: tuple[str, ...] = ()
     """Nodes that the round waited for: no reply before the deadline, or more than twice the median time."""
+    groups: Mapping[str, Mapping[str, Any]] | None = None
+    """Under secure aggregation what is known by group: members, survivors, why it was lost.  Then nodes' own updates,
+    metrics and counts are masked: they are in no other field."""

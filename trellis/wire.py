@@ -2,6 +2,7 @@
 
     request   {"arrays": params, "config": {"server-round": r, "request": canonical JSON}}
     reply     {"arrays": delta, "metrics": {...}, "counts": additive counts, "reply": {"request": digest}}
+    masked    {"arrays": {"update", "counts"}, "reply": {"request": digest, "payload", "signature"}}
 
 A reply to a message without "request" follows Flower's own convention: `arrays` holds params, `metrics` has
 `num-examples`; so Flower's FedAvg aggregates our ClientApp.  The records of a reply are data from a stranger: sizes are
@@ -27,10 +28,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from numpy.lib import format as npy
 
 from trellis.errors import WireError
-from trellis.types import PROTOCOL, Counts, Purpose, Request
+from trellis.types import PROTOCOL, CountField, Counts, Masking, Purpose, Request
 from trellis.vectors import Arrays, TensorSpec
 
 ARRAYS, METRICS, CONFIG, COUNTS, REPLY = "arrays", "metrics", "config", "counts", "reply"
+SECAGG = "secagg"
+"""What secure aggregation says besides requests: a stage of its own, or what goes with a request."""
+UPDATE = "update"
+"""The masked update among the arrays of a masked reply."""
 ROUND, REQUEST, NODE_CONFIG = "server-round", "request", "node-config"
 NUM_EXAMPLES, NUM_ROWS = "num-examples", "num-rows"
 SCHEMA = "schema"
@@ -153,7 +158,31 @@ def _parsed(text: str) -> Request:
         config=fields["config"],
         members=tuple(fields["members"]),
         splits=tuple(fields["splits"]),
-        key_index=fields["key_index"],
+        key_index=None if fields["key_index"] is None else int(fields["key_index"]),
+        masking=None if fields["masking"] is None else masking_from(fields["masking"]),
+    )
+
+
+def masking_from(fields: Mapping[str, Any]) -> Masking:
+    """From JSON values, each of the type it has, or KeyError, TypeError, ValueError."""
+    return Masking(
+        epoch=str(fields["epoch"]),
+        group=str(fields["group"]),
+        roster=str(fields["roster"]),
+        confirmed=str(fields["confirmed"]),
+        members=tuple(str(name) for name in fields["members"]),
+        quorum=int(fields["quorum"]),
+        clip_norm=float(fields["clip_norm"]),
+        scale=int(fields["scale"]),
+        dtype=str(fields["dtype"]),
+        dim=int(fields["dim"]),
+        counts=tuple(
+            CountField(
+                str(c["name"]), tuple(int(n) for n in c["shape"]), str(c["dtype"]), int(c["exponent"]), float(c["most"])
+            )
+            for c in fields["counts"]
+        ),
+        weights=tuple(int(w) for w in fields["weights"]),
     )
 
 
@@ -189,7 +218,7 @@ def pack(content: RecordDict) -> bytes:
     blobs: list[bytes] = []
     arrays = {name: [_array_meta(k, a, blobs) for k, a in r.items()] for name, r in content.array_records.items()}
     metrics = {name: dict(r) for name, r in content.metric_records.items()}
-    configs = {name: dict(r) for name, r in content.config_records.items()}
+    configs = {name: {k: _plain(v) for k, v in r.items()} for name, r in content.config_records.items()}
     header = json.dumps({"order": list(content), "arrays": arrays, "metrics": metrics, "configs": configs}).encode()
     return struct.pack("<Q", len(header)) + header + b"".join(blobs)
 
@@ -207,8 +236,19 @@ def unpack(data: bytes) -> RecordDict:
             at += length
         records[name] = ArrayRecord(arrays)
     records.update({name: MetricRecord(values) for name, values in header["metrics"].items()})
-    records.update({name: ConfigRecord(values) for name, values in header["configs"].items()})
+    for name, values in header["configs"].items():
+        records[name] = ConfigRecord({key: _value(value) for key, value in values.items()})
     return RecordDict({name: records[name] for name in header["order"]})
+
+
+def _plain(value: Any) -> Any:
+    """A config value as JSON: bytes as hex, so marked."""
+    return {"hex": value.hex()} if isinstance(value, bytes) else value
+
+
+def _value(value: Any) -> Any:
+    """Inverse of `_plain`."""
+    return bytes.fromhex(value["hex"]) if isinstance(value, dict) else value
 
 
 def _array_meta(key: str, array: Array, blobs: list[bytes]) -> list[Any]:

@@ -3,13 +3,15 @@
 In every round that a node is judged it is flagged or not: its reply was refused for what no honest node sends, or its
 update lies far from all others, or is nothing at all.  `Suspicion` adds the flags up.
 
+Under secure aggregation only refusals name a node; what a group's mean says of its members is in `regrouping.py`.
+
 Page, Continuous inspection schemes, Biometrika 1954.  Wald, Sequential tests of statistical hypotheses, 1945.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,11 +29,12 @@ NAME = "suspicion"
 LIES = frozenset(
     {
         "wrong_request", "wrong_records", "wrong_keys", "wrong_shape", "wrong_dtype", "not_finite", "norm",
-        "num_examples", "metrics", "counts", "oversize", "undecodable",
+        "num_examples", "metrics", "counts", "oversize", "undecodable", "bad_signature", "bad_share", "bad_key",
+        "bad_complaint",
     }
 )  # fmt: skip
-"""Refusals that an honest node does not earn.  Being late, failing or declining is no lie, and a stranger or a second
-reply says nothing of the node in whose name it came."""
+"""Refusals that an honest node does not earn.  Being late, failing or declining is no lie, a stranger or a second
+reply says nothing of the node in whose name it came, and a group is lost to whoever of its members was missing."""
 
 LEAST_DISTANCE = 1.5
 """A far row is at least this many norms away from the others: where colluders lend their numbers to one honest node by
@@ -87,6 +90,9 @@ class Suspicion:
 
     `view.evidence` takes the place of a node's flag: exp of what an honest node gets must have a mean of at most 1.
 
+    A node that replied in a group is hidden in it: without a lie or evidence of its own it is not judged, and nothing
+    is forgiven it.  The bound then holds for nodes that are never refused for a lie.
+
     Lies always quarantine.  Other evidence quarantines max(num_byzantine, 1) nodes in all, the most suspect first, and
     none that the round could not do without (`view.fits`): what is far may be honest, and then costs its data, and all
     liars may still be among the others.
@@ -120,7 +126,7 @@ class Suspicion:
         cases = {node: Case(**c) for node, c in (state or {}).get("cases", {}).items() if node not in self.released}
         out = self._out(state)
         flags = {node: flag for node, flag in self._flags(view).items() if node not in self.released}
-        judged = {*view.answered, *flags, *view.evidence} - self.released - set(out)
+        judged = {*(set(view.answered) - hidden(view)), *flags, *view.evidence} - self.released - set(out)
         for node in sorted(judged):
             cases[node] = self._judged(cases.get(node, Case()), flags.get(node), view.evidence.get(node))
         out |= self._caught(cases, out, view)
@@ -197,6 +203,12 @@ class Suspicion:
 # ---------------------------------------------------------------- flags of one round
 
 
+def hidden(view: RoundView) -> set[str]:
+    """Nodes whose replies nobody saw: members of groups, and of groups that were lost."""
+    members = {node for row in view.rows if len(row.members) > 1 for node in row.members}
+    return members | {refusal.node for refusal in view.refusals if refusal.reason == "group_lost"}
+
+
 def lies(view: RoundView) -> dict[str, Flag]:
     """Nodes whose replies were refused for a lie.
 
@@ -213,13 +225,19 @@ def outliers(view: RoundView, *, factor: float, most: int) -> dict[str, Flag]:
     A group's mean accuses no one: its members cannot be told apart.
     """
     single = [i for i, row in enumerate(view.rows) if len(row.members) == 1]
-    if len(single) < 3:
+    found = unusual(view, single, factor=factor, most=most)
+    return {view.rows[i].members[0]: flag for i, flag in found.items()}
+
+
+def unusual(view: RoundView, among: Sequence[int], *, factor: float, most: int) -> dict[int, Flag]:
+    """Of the rows with these indices, which are compared with each other: those far off, `most` at most, or nothing."""
+    if len(among) < 3:
         return {}
     rows = rows_of(view.updates_nd)
-    rows = rows if len(single) == rows.num_rows else rows.taken(np.array(single))
+    rows = rows if len(among) == rows.num_rows else rows.taken(np.array(among))
     norms_n = np.sqrt(squared_norms(rows))
     found = {**_far(distances(rows), norms_n, factor=factor, most=most), **_idle(norms_n)}
-    return {view.rows[single[i]].members[0]: flag for i, flag in found.items()}
+    return {among[i]: flag for i, flag in found.items()}
 
 
 def distances(updates: Updates) -> Float64:
@@ -248,7 +266,9 @@ def _far(distances_n: Float64, norms_n: Float64, *, factor: float, most: int) ->
     scale, length = (float(np.sort(values)[n - g - 1]) for values in (distances_n, norms_n))
     limit = max(factor * scale, LEAST_DISTANCE * length)
     return {
-        int(i): Flag(f"median distance {distances_n[i]:.3g} to the other updates, {n - g} nodes are within {scale:.3g}")
+        int(i): Flag(
+            f"median distance {distances_n[i]:.3g} to the other updates, {n - g} of all are within {scale:.3g}"
+        )
         for i in np.argsort(-distances_n, kind="stable")[:most]
         if distances_n[i] > limit
     }

@@ -1,0 +1,105 @@
+"""Additive counts as words of 64 bits: what leaves a node beside its update, masked like it.
+
+Whole numbers travel as they are.  Others travel in units of 2^e, the smallest in which all members' together stay
+below 2^62: a sum is off by at most half a unit a member.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trellis.errors import ConfigError, SecAggError
+from trellis.types import CountField, Counts
+from trellis.vectors import CountSpec, TensorSpec
+
+BITS = 62
+LEAST_EXPONENT = -30
+
+LOSS, CLIPPED = "train_loss", "num_clipped"
+"""Sums beside the splits': of the members' training losses, and how many of their updates were clipped."""
+
+Word = npt.NDArray[np.uint64]
+
+
+def field_of(name: str, spec: TensorSpec, *, most: float, num_members: int) -> CountField:
+    """How one count travels where no node's is above `most`.  Raises ConfigError where it cannot."""
+    total = float(num_members * most)
+    exponent = 0
+    if np.issubdtype(np.dtype(spec.dtype), np.floating):
+        exponent = max(math.ceil(math.log2(total)) - BITS if total > 0 else LEAST_EXPONENT, LEAST_EXPONENT)
+    elif total >= 2**BITS:
+        raise ConfigError(f"{name}: {num_members} nodes with up to {most:.3g} each do not fit 64 bits: ask fewer rows")
+    return CountField(name, spec.shape, spec.dtype, exponent, float(most))
+
+
+def layout(
+    specs: Mapping[str, CountSpec], splits: Sequence[str], *, most_rows: float, num_members: int
+) -> tuple[CountField, ...]:
+    """The counts of each split, in order; a node scores at most `most_rows` rows of it."""
+    return tuple(
+        field_of(f"{split}/{name}", spec, most=spec.per_row * most_rows, num_members=num_members)
+        for split in splits
+        for name, spec in specs.items()
+    )
+
+
+def size(fields: Sequence[CountField]) -> int:
+    """Words of all counts."""
+    return sum(field.size for field in fields)
+
+
+def encode(fields: Sequence[CountField], values: Mapping[str, Any]) -> Word:
+    """A node's counts as words.  Raises SecAggError("counts") where one is missing, or cannot be a count."""
+    words = np.zeros(size(fields), np.uint64)
+    at = 0
+    for field in fields:
+        value = values.get(field.name)
+        if value is None or np.shape(value) != field.shape:
+            raise SecAggError("counts", f"{field.name} is missing, or has another shape than {field.shape}")
+        numbers = np.asarray(value, np.float64 if _floating(field) else None)
+        odd = not np.isfinite(numbers).all() or (numbers < 0).any() or (numbers > field.most * (1 + 1e-9)).any()
+        if odd:
+            raise SecAggError("counts", f"{field.name} is negative, not finite, or above {field.most:.4g}")
+        scaled = np.rint(np.ldexp(numbers, -field.exponent)) if _floating(field) else numbers
+        words[at : at + field.size] = scaled.astype(np.uint64).reshape(-1)
+        at += field.size
+    return words
+
+
+def decode(fields: Sequence[CountField], words: Word, *, num_members: int) -> dict[str, npt.NDArray[Any]]:
+    """The sums of `num_members` nodes' counts, by name.
+
+    Raises SecAggError("counts") where one is above what they can have: somebody masked garbage.
+    """
+    found, at = {}, 0
+    for field in fields:
+        part = words[at : at + field.size]
+        at += field.size
+        most = math.ldexp(field.most * (1 + 1e-9), -field.exponent) + 1
+        if part.size and int(part.max()) > num_members * most:
+            raise SecAggError("counts", f"the sum of {field.name} is above what {num_members} nodes can have")
+        numbers = np.ldexp(part.astype(np.float64), field.exponent) if _floating(field) else part
+        found[field.name] = numbers.astype(field.dtype).reshape(field.shape)
+    return found
+
+
+def by_split(values: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, Counts], dict[str, float]]:
+    """Counts by split and name, and what belongs to no split."""
+    counts: dict[str, Counts] = {}
+    others: dict[str, float] = {}
+    for name, value in values.items():
+        split, divided, count = name.partition("/")
+        if divided:
+            counts.setdefault(split, {})[count] = value
+        else:
+            others[name] = float(value)
+    return counts, others
+
+
+def _floating(field: CountField) -> bool:
+    return bool(np.issubdtype(np.dtype(field.dtype), np.floating))
