@@ -61,14 +61,18 @@ def remember_mod(message: Message, context: Context, call_next: ClientAppCallabl
     store = store_of(identity.of(context)) if request is not None and request.masking is not None else None
     if request is None or store is None:
         return call_next(message, context)
-    about = canonical.digest([request.run, request.purpose, request.base, request.config, list(request.splits)])
-    kept = store.reply(about, slot="update")
+    kept = store.reply(about(request), slot="update")
     if kept is not None:
         return Message(_renamed(kept, request), reply_to=message)
     reply = call_next(message, context)
     if reply.has_content():
-        store.keep_reply(about, reply.content, slot="update")
+        store.keep_reply(about(request), reply.content, slot="update")
     return reply
+
+
+def about(request: Request) -> str:
+    """What an unmasked reply is about, whatever keys it is masked with.  -> hex"""
+    return canonical.digest([request.run, request.purpose, request.base, request.config, list(request.splits)])
 
 
 def _renamed(content: RecordDict, request: Request) -> RecordDict:

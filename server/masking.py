@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.schema import Grouping, NodesConfig, NodeSpec, RunConfig, simulated_pins
+from conf.schema import Grouping, NodesConfig, NodeSpec, RunConfig, SurvivorSets, simulated_pins
 from strategies import rules, samplers
 from strategies.aggregation import Pipeline
 from strategies.checks import CountsProblem
@@ -39,10 +39,14 @@ class Masked:
         """The group that survives least."""
         return min(self.tolerances, key=lambda t: (t.dropouts, t.colluders, t.num_members))
 
-    def described(self, config: RunConfig) -> dict[str, Any]:
+    def described(self, config: RunConfig, engine: str) -> dict[str, Any]:
         """For `--json`, the record, and people."""
         weakest = self.weakest
+        fixed = all(s.policy.secagg.survivor_sets is SurvivorSets.fixed for s in config.nodes.expand())
         return {
+            # a simulation plays sites that have pinned each other's keys and run only code that they approved
+            "keys": "simulated" if engine != "deployment" else "pinned",
+            "holds_for": "every round of the run" if fixed and engine != "deployment" else "single rounds only",
             "threat": str(weakest.threat),
             "groups": [list(group) for group in self.groups],
             "grouping": str(config.privacy.secagg.grouping),
@@ -56,6 +60,17 @@ class Masked:
             "audit_every": config.privacy.secagg.audit_every,
             "insecure_rng": config.privacy.secagg.insecure_rng,
         }
+
+
+def tags(config: RunConfig, engine: str) -> dict[str, str]:
+    """What a run's record says at first sight."""
+    if not config.privacy.name.masks:
+        return {}
+    s = config.privacy.secagg
+    found = {"fl.masked": "true", "fl.threat": str(s.threat)}
+    if engine != "deployment":
+        found["fl.keys"] = "simulated"
+    return {**found, **({"fl.insecure_rng": "true"} if s.insecure_rng else {})}
 
 
 def federation(config: RunConfig) -> NodesConfig:
@@ -160,7 +175,9 @@ def _check_group(config: RunConfig, group: tuple[str, ...], found: Tolerance, pi
     if found.num_organisations < s.min_group:
         raise ConfigError(
             f"{size} has {found.num_organisations} organisations, privacy.secagg.min_group={s.min_group} must be "
-            "behind every sum: take a larger nodes.group_size, or more nodes"
+            f"behind every sum: take a larger nodes.group_size or more nodes; rule={config.rule.name} with "
+            f"num_byzantine={config.num_byzantine} and {num_lost_groups(config)} lost groups allows groups of "
+            f"{largest_group(config)}"
         )
     crowd = roster.crowded(group, pins)
     if crowd > s.max_per_organisation:
@@ -187,7 +204,8 @@ def require_rows(config: RunConfig, line: Pipeline) -> int:
         raise CohortTooSmall(
             f"{num_groups} groups, and {line.rule.min_rows(config.num_byzantine)} rows are needed with "
             f"{found.num_lost_groups} lost: rule={config.rule.name} with num_byzantine={config.num_byzantine}, "
-            f"nodes.group_size={federation(config).group_size} (at most {largest_group(config)} fits)"
+            f"nodes.group_size={federation(config).group_size} (at most {largest_group(config)} fits); "
+            "privacy.secagg.num_lost_groups=0 does without the reserve, and a lost group then closes the round"
         )
     return num_groups
 

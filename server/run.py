@@ -29,6 +29,7 @@ from server.statistics import Fitted
 from server.tracking import Delivery, RunInfo, TrackerLike, git_digest, make_tracker
 from strategies.exchange import Clock, StoppedClock, WallClock, door
 from strategies.flower import fresh_secret
+from strategies.records import contributors
 from trellis import wire
 from trellis.errors import ConfigError, ResumeError
 from trellis.types import NodeInfo, RoundRecord, ServerState
@@ -71,6 +72,9 @@ class RunResult:
     nodes: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """By node, the primary metric on its own test rows: `federated`, `tuned` where it fine-tunes, and of a simulation
     with baselines `local_only` and `pooled`; None where its rows cannot be scored."""
+    secagg: dict[str, Any] | None = None
+    """Of a run with secure aggregation: its groups, and what each of them gives and survives.  Then nodes' own scores
+    are masked, and `nodes` has none."""
     quarantined: list[dict[str, Any]] = field(default_factory=list)
     """Nodes that are asked no more: {"node", "round", "evidence"}, the round being the last they were asked in."""
 
@@ -293,7 +297,7 @@ def _card(
         run=state.run,
         round=state.round,
         digest=digest(state.params),
-        nodes=sorted(record.update_norms) if record is not None and stepped else [],
+        nodes=contributors(record) if record is not None and stepped else [],
         num_params=sum(a.size for a in state.params.values()),
         created_at=record.started_at if record is not None else time.time(),
         base_metrics=record.base_metrics if record is not None else None,
@@ -310,7 +314,7 @@ def _run_info(folder: RunFolder, config: RunConfig, sector: Sector, state: Serve
         config=to_json(config),
         config_digest=config_digest(config),
         git_digest=git_digest(),
-        tags={"fl.engine": engine},
+        tags={"fl.engine": engine, **masking.tags(config, engine)},
     )
 
 
@@ -377,6 +381,7 @@ def summarise(
         model_path=str(folder.version_path(state.round).resolve()),
         records_pending=delivery.pending,
         nodes=_by_node(closing, sector) if closing else {},
+        secagg=masking.plan_of(config).described(config, engine) if config.privacy.name.masks else None,
         quarantined=_quarantined(records),
     )
 

@@ -18,6 +18,9 @@ MAX_PARAM, MAX_TAG = 6000, 5000
 """Characters of one value; MLflow refuses more."""
 
 
+MASKED = "masked: this node's update, metrics and counts were sent under secure aggregation, and nobody saw them"
+
+
 @dataclass(frozen=True, slots=True)
 class RunInfo:
     """One federated run.  `tags` are added to those the config gives (`choices`)."""
@@ -71,6 +74,8 @@ class RunInfo:
     def node_tags(self, node: str, parent: str) -> dict[str, str]:
         """Tags of a node's child run."""
         names = {"fl.node": node, "fl.run": self.run_id, "fl.sector": self.sector}
+        if self.tags.get("fl.masked"):
+            names |= {"fl.masked": "true", "mlflow.note.content": MASKED}
         return {"mlflow.parentRunId": parent, "fl.role": "node", **names}
 
     def _name_of(self, group: str) -> str:

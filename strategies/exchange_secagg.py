@@ -27,6 +27,7 @@ from flwr.common import log
 from strategies import checks
 from strategies.exchange import Ask, Clock, StoppedClock, refused, refused_by_error
 from strategies.grouping import Plan
+from strategies.observers import suspicion
 from strategies.sums import KnownSum, Pending, Sums
 from trellis import wire
 from trellis.errors import BaseSpent, ConfigError, SecAggError, WireError
@@ -57,6 +58,10 @@ SLACK = 1e-5
 """Of the norm of a group's mean, relative: what rounding to float32 may add."""
 BUSY_BYTES = 1 << 30
 """Masks that are worth starting processes for."""
+
+
+_NOTHING = Refusal("", "", "")
+_EXCUSED = ("late", "unavailable", "group_lost")
 
 
 @dataclass(slots=True)
@@ -95,7 +100,8 @@ class _Books:
 
     def refuse(self, name: str, reason: str, evidence: str) -> None:
         """The first word on a node counts, unless a lie comes to light later."""
-        if name not in self.refusals or self.refusals[name].reason in ("group_lost", "late", "unavailable"):
+        lied = reason in suspicion.LIES and self.refusals.get(name, _NOTHING).reason not in suspicion.LIES
+        if name not in self.refusals or lied:
             self.refusals[name] = refused(name, reason, evidence)
 
     def asked(
@@ -641,7 +647,7 @@ class SecAggExchange:
             found.append(_lost(group, self.pins, books, drawn=groups[group] is not None))
         survivors = sorted({name for group in found for name in group.survivors})
         for name in survivors:
-            if books.refusals.get(name, Refusal("", "", "")).reason in ("late", "unavailable", "group_lost"):
+            if books.refusals.get(name, _NOTHING).reason in _EXCUSED:
                 del books.refusals[name]  # silent when shares were asked for, but its vector is in the sum
         for node in cohort:
             if node.name not in survivors:
@@ -789,6 +795,6 @@ def _read_sum(known: KnownSum, clip_norm: float, out: Any) -> float:
 def _lost(group: tuple[str, ...], pins: Mapping[str, Member], books: _Books, *, drawn: bool) -> GroupSum:
     """A group without a sum, and whether a liar is to blame."""
     of = [books.refusals[name] for name in group if name in books.refusals]
-    liars = [r for r in of if r.reason in ("bad_share", "bad_complaint", "bad_key", "bad_signature")]
+    liars = [r for r in of if r.reason in suspicion.LIES]
     why = next((r.evidence for r in of if r.reason == "group_lost"), "nobody of it was asked or answered")
     return GroupSum(pins[group[0]].group, group, lost=why, lost_to_liar=bool(liars), drawn=drawn)

@@ -117,12 +117,20 @@ def groups(*many: Collected | None) -> dict[str, dict[str, Any]]:
             "survivors": list(group.survivors),
             "lost": group.lost,
             "voided": group.voided,
+            "trains": collected is many[0],
             "num_clipped": int(group.metrics.get("num_clipped", 0)),
         }
         for collected in many
         if collected is not None
         for group in collected.groups or ()
     }
+
+
+def contributors(record: RoundRecord) -> list[str]:
+    """Nodes whose updates a round aggregated, sorted."""
+    if record.groups is None:
+        return sorted(record.update_norms)
+    return sorted(name for group in record.groups.values() if group["trains"] for name in group["survivors"])
 
 
 def stragglers(collected: Collected) -> tuple[str, ...]:

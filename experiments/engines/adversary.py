@@ -49,6 +49,8 @@ class Plot:
     start_round: int
     seed: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    masked: bool = False
+    """Whether nodes mask what they send."""
 
     @property
     def spec(self) -> AttackSpec:
@@ -80,8 +82,11 @@ def plot_of(config: RunConfig, sector: Sector) -> Plot | None:
         start_round=config.attack.start_round,
         seed=config.seed,
         options=config.attack.options,
+        masked=config.privacy.name.masks,
     )
     attacks.require(plot.spec, plot.options, num_classes=sector.num_classes)
+    if plot.masked and plot.attack == "inflation":
+        raise ConfigError(f"attack=inflation: with privacy={config.privacy.name} no node declares a number of examples")
     if plot.sees_others and (config.engine.name is not EngineName.local or config.engine.workers > 1):
         raise ConfigError(
             f"attack={plot.attack} needs the other nodes' updates: use engine=local with engine.workers=1"
@@ -104,6 +109,8 @@ def attacked_app(plot: Plot, config: RunConfig | None = None) -> ClientApp:
     """Our ClientApp with the attackers in it.  `config`, of an attack that sees others, is the run they know all of."""
     if plot.spec.kind == "data":
         return client_app(Poisoner(plot))
+    if plot.masked and plot.spec.kind == "protocol":  # what is wrong is what travels, behind the mask
+        return client_app(outermost=[Liar(plot)])
     if not plot.sees_others or config is None:
         return client_app(replying=[Liar(plot)])
     seen = Seen(frozenset(plot.nodes))

@@ -13,11 +13,11 @@ import numpy as np
 from flwr.app import Context, Message, MessageType, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
-from clients import identity
+from clients import identity, secagg
 from clients.store import NodeStore
 from experiments.attacks.view import Aggregate, Matrix
 from strategies.aggregation import Pipeline
-from trellis import wire
+from trellis import canonical, wire
 from trellis.types import Request
 from trellis.vectors import Arrays, Layout, Vector
 
@@ -44,10 +44,12 @@ class Seen:
 
     def turn_to(self, request: Request, dim: int) -> None:
         """Forget what was sent to any other request."""
-        if self._request == request.digest:
+        # not the digest: under secure aggregation every group has a request of its own, all about one base
+        about = f"{request.run} {request.round} {request.purpose} {request.base} {canonical.digest(request.config)}"
+        if self._request == about:
             return
         honest = sorted(set(request.members) - self._liars)
-        self._request, self._rows, self._present = request.digest, {name: i for i, name in enumerate(honest)}, set()
+        self._request, self._rows, self._present = about, {name: i for i, name in enumerate(honest)}, set()
         self._updates_hd = np.empty((len(honest), dim), np.float32)
         self.lie_d = None
 
@@ -96,7 +98,9 @@ class Knowledge:
         self.seen.turn_to(request, layout.dim)
         if store is not None:
             for name in self.seen.missing():
-                kept = replace(store, path=store.path.parent / name).reply(request.digest)
+                other = replace(store, path=store.path.parent / name)
+                masked = request.masking is not None
+                kept = other.reply(secagg.about(request), slot="update") if masked else other.reply(request.digest)
                 if kept is not None:
                     self.seen.enter(request, name, layout, arrays_in(kept))
         return self.seen.updates()

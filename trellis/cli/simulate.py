@@ -25,6 +25,7 @@ from trellis.cli.show import console, plain
 from trellis.types import RoundRecord, ServerState
 
 if TYPE_CHECKING:
+    from conf.schema import RunConfig
     from server.run import RunResult
 
 DEMO = ["experiment=demo"]
@@ -80,6 +81,8 @@ def _one(overrides: list[str], err: Console) -> RunResult:
     title = f"{config.sector.name}: {len(config.nodes.expand())} nodes, {source}, engine {config.engine.name}"
     primary = sectors.get(config.sector.name, config.sector.options).primary.name
     err.print(plain(title))
+    if config.privacy.name.masks:
+        err.print(plain(_masked(config)))
     columns = (
         TextColumn("round"),
         MofNCompleteColumn(),
@@ -101,6 +104,23 @@ def _one(overrides: list[str], err: Console) -> RunResult:
                 err.print(plain(f"round {record.round} closed, the model stays: {record.closed}"))
 
         return simulate(overrides, on_round=on_round)
+
+
+def _masked(config: RunConfig) -> str:
+    """What secure aggregation gives in this run, and what it survives."""
+    from server import masking
+
+    found = masking.plan_of(config)
+    weakest, sizes = found.weakest, sorted({len(group) for group in found.groups})
+    size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
+    return (
+        f"secure aggregation ({weakest.threat}), groups: {len(found.groups)} of {size} nodes\n"
+        f"  privacy set  every sum is over {weakest.privacy_set} nodes at least, of {config.privacy.secagg.min_group} "
+        "organisations\n"
+        f"  a group      survives {weakest.colluders} colluders and {weakest.dropouts} dropouts\n"
+        f"  the rule     {config.rule.name} survives {found.num_byzantine} liars, {found.num_lost_groups} groups lost\n"
+        "  keys         simulated: this run shows the protocol, and keeps no secret from who runs it"
+    )
 
 
 def _metric(record: RoundRecord, primary: str, best: float | None) -> str:
@@ -147,6 +167,7 @@ def _cells(r: RunResult) -> dict[str, str]:
         "also": "  ".join(f"{k.removeprefix('test/')} {v:.4f}" for k, v in test.items()),
         "best round": f"{r.best['round']} (validation {r.best['value']:.4f})" if r.best else "-",
         "attack": _attack(r.attack),
+        "masked": _groups(r.secagg),
         "refused": str(len(r.refusals)),
         "up, down": f"{_size(r.bytes_up)}, {_size(r.bytes_down)}",
         "seconds": f"{r.seconds:.1f}",
@@ -172,6 +193,13 @@ def _node_table(r: RunResult) -> Table:
     if len(r.nodes) > SHOWN_NODES:
         table.add_row(plain(f"... and {len(r.nodes) - SHOWN_NODES} more in {r.run_dir}/result.json"))
     return table
+
+
+def _groups(found: dict[str, Any] | None) -> str:
+    """What the server did not see, of a run with secure aggregation."""
+    if found is None:
+        return "-"
+    return f"updates, counts and metrics of single nodes; {len(found['groups'])} groups, {found['holds_for']}"
 
 
 def _attack(found: dict[str, Any] | None) -> str:
