@@ -235,7 +235,7 @@ def broken(**changes: Any) -> str:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", "1", "null", "{", broken(protocol=2), broken(protocol="absent"), broken(round="absent"),
+    ["", "[]", "{}", "1", "null", "{", broken(protocol=9), broken(protocol="absent"), broken(round="absent"),
      broken(round=[]), broken(members=None), broken(splits="absent")],
 )  # fmt: skip
 def test_a_request_that_cannot_be_read_is_refused(text: str) -> None:
@@ -245,8 +245,8 @@ def test_a_request_that_cannot_be_read_is_refused(text: str) -> None:
 
 
 def test_another_protocol_says_which_one_this_node_speaks() -> None:
-    content = RecordDict({"config": ConfigRecord({"request": broken(protocol=2)})})
-    with pytest.raises(WireError, match=r"protocol 2, this node speaks 1"):
+    content = RecordDict({"config": ConfigRecord({"request": broken(protocol=9)})})
+    with pytest.raises(WireError, match=r"protocol 9, this node speaks 2"):
         wire.read_request(as_message(content))
 
 
