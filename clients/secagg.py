@@ -270,6 +270,7 @@ def _terms(own: Identity) -> Terms:
         least_threat=policy.least_threat or default,
         min_group=policy.min_group,
         max_per_organisation=policy.max_per_organisation,
+        max_share=policy.max_share,
         max_keys=policy.max_keys,
         max_draws=policy.max_draws,
         max_regroupings=policy.max_regroupings,

@@ -195,6 +195,8 @@ class SecAggPolicy:
     """Organisations that must be behind every sum."""
     max_per_organisation: int = 1
     """Members of one organisation in a group."""
+    max_share: float = 0.5
+    """Of all weight in a sum, the most that one node's update may have."""
     max_keys: int = 1024
     max_draws: int = 4
     """Draws of groups that come to nothing, in a row."""
@@ -206,6 +208,7 @@ class SecAggPolicy:
     def __post_init__(self) -> None:
         _within("policy.secagg.min_group", self.min_group, least=2)
         _within("policy.secagg.max_per_organisation", self.max_per_organisation, least=1)
+        _within("policy.secagg.max_share", self.max_share, above=0, most=1)
         _within("policy.secagg.max_keys", self.max_keys, least=1)
         _within("policy.secagg.max_draws", self.max_draws, least=0)
         _within("policy.secagg.max_regroupings", self.max_regroupings, least=0)

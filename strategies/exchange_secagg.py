@@ -38,10 +38,12 @@ from trellis.secagg.member import Draw
 from trellis.secagg.messages import (
     AskDraw,
     AskKeys,
+    AskName,
     AskReveal,
     Committed,
     Confirmed,
     Keys,
+    Named,
     Revealed,
     Shares,
     Stage,
@@ -201,6 +203,32 @@ class SecAggExchange:
         collected = self._collected(request, cohort, [*known, *fresh], groups, books, base=base)
         seconds = {"exchange": time.perf_counter() - started, "offline": offline_s}
         return replace(collected, seconds=seconds)
+
+    def named(self, node_ids: Sequence[int], ask: Ask) -> list[NodeInfo]:
+        """The nodes behind these ids: those that sign their names with the keys that are pinned, sorted by name.
+
+        For Flower's entry point, where a server knows ids only.  A name that two nodes claim belongs to neither.
+        """
+        nonce = secrets.token_bytes(32)
+        question = _content(AskName(nonce))
+        sent = [Message(content=question, message_type=MessageType.TRAIN, dst_node_id=n) for n in node_ids]
+        found: dict[str, list[int]] = {}
+        for reply in ask(sent, min(self.timeout_s, self.offline_timeout_s)):
+            if not reply.has_content() or wire.SECAGG not in reply.content.config_records:
+                continue
+            try:
+                said = messages.from_fields(Named, dict(reply.content.config_records[wire.SECAGG]))
+                pin = self.pins[said.name]
+                about = {"node": said.name, "nonce": nonce.hex()}
+                transcript.read(Signed(said.payload, said.signature), "hello", pin.public_key, **about)
+            except (SecAggError, KeyError):
+                continue
+            found.setdefault(said.name, []).append(reply.metadata.src_node_id)
+        return [
+            NodeInfo(name, ids[0], self.pins[name].organisation, group=self.pins[name].group)
+            for name, ids in sorted(found.items())
+            if len(ids) == 1
+        ]
 
     @property
     def _store(self) -> Sums:

@@ -26,6 +26,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from strategies import records, rules, samplers, server_optimizers
 from strategies.aggregation import Pipeline
 from strategies.exchange import Ask, Clock, Exchange, PlainExchange, WallClock, door
+from strategies.exchange_secagg import SecAggExchange
 from strategies.grouping import Groups
 from strategies.observers import regrouping, suspicion
 from strategies.rows import Rows
@@ -238,7 +239,8 @@ class RoundStrategy(Strategy):
         """What rows weigh: what was registered, or as many as they are of; None: all the same."""
         if self.weighted:
             return np.array([row.weight for row in rows], np.float64)
-        return np.array([len(row.members) for row in rows], np.float64) if self.groups is not None else None
+        sizes = np.array([len(row.members) for row in rows], np.float64)
+        return sizes if (sizes > 1).any() else None
 
     def _rows(self, collected: Collected) -> Rows:
         return Rows(collected.updates_nd, device=None if self.device == "cpu" else self.device)
@@ -367,7 +369,7 @@ class RoundStrategy(Strategy):
         if evaluate_fn and (first := evaluate_fn(0, initial_arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = first
         while state.round < num_rounds:
-            state, record = strategy.round(state, strategy._connected(grid), ask)
+            state, record = strategy.round(state, strategy._nodes(grid, ask), ask)
             strategy._commit(state, record)
             _log_refusals(state.round, record.refusals)
             result.arrays = wire.to_record(state.params)
@@ -375,7 +377,7 @@ class RoundStrategy(Strategy):
             if evaluate_fn and (found := evaluate_fn(state.round, result.arrays)) is not None:
                 result.evaluate_metrics_serverapp[state.round] = found
         if state.round:
-            state, record = closing.close(state, strategy._connected(grid), ask)
+            state, record = closing.close(state, strategy._nodes(grid, ask), ask)
             strategy._commit(state, record)
             _log_refusals(state.round, record.refusals)
             result.evaluate_metrics_clientapp[state.round] = _metric_record(record.base_metrics)
@@ -437,6 +439,13 @@ class RoundStrategy(Strategy):
         if not isinstance(self.exchange, PlainExchange):
             raise ConfigError("Flower's own loop sends one message a round; call `start` for this exchange")
         return self.exchange
+
+    def _nodes(self, grid: Grid, ask: Ask) -> list[NodeInfo]:
+        """The connected nodes: by id, or by the names that they sign where the exchange must know them."""
+        connected = self._connected(grid)
+        if not isinstance(self.exchange, SecAggExchange):
+            return connected
+        return self.exchange.named([node.node_id for node in connected], ask)
 
     def _connected(self, grid: Grid) -> list[NodeInfo]:
         """Nodes by id, for apps without names.

@@ -18,6 +18,7 @@ COMMANDS = {
     "simulate": "train a federation on this machine from a configuration",
     "sectors": "the tasks, their data and metrics",
     "nodes": "the nodes of a federation (`trellis nodes show`)",
+    "identity": "make or show a node's identity key",
     "compare": "runs side by side",
     "ui": "open the MLflow UI on the recorded runs",
     "sync": "deliver records that a tracking server has not received",

@@ -6,7 +6,7 @@ set of survivors.  What is remembered is no secret, and it is written down befor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -42,6 +42,8 @@ class Terms:
     """Different drawn groups that it ever adds its updates up with: T of them tell what lasts of a node."""
     allow_repeat: bool = False
     """Whether a base that it answered in another run may be answered for other survivors."""
+    max_share: float = 0.5
+    """Of all weight in a sum, the most that one member's update may have: with weights 100, 1, 1 it is one update."""
     fixed_survivors: bool = False
     """Whether a run gets sums over one set of survivors only, a member that is missing costing the group the round."""
     code_is_pinned: bool = False
@@ -52,6 +54,20 @@ def base_of(request: Request) -> str:
     """What a set of survivors is answered for: a base and a purpose.  Statistics have no base but their data."""
     about = str(request.config.get("sector", "")) if request.purpose == "statistics" else ""
     return f"{request.purpose}:{about}:{request.base}"
+
+
+def require_shared_weight(terms: Terms, weights: Mapping[str, int], survivors: Sequence[str]) -> tuple[str, ...]:
+    """Those of the survivors whose updates weigh something: no other hides anybody.
+
+    Raises SecAggError where one of them weighs more than the site allows: the weights are the server's.
+    """
+    total = sum(weights[name] for name in survivors)
+    most = max((weights[name] for name in survivors), default=0)
+    if min(weights.values(), default=0) < 0 or most > terms.max_share * total:
+        raise SecAggError(
+            DENIED, f"one member has {most} of {total} parts of the sum, the site allows a share of {terms.max_share:g}"
+        )
+    return tuple(name for name in survivors if weights[name])
 
 
 def require_unused(journal: Journal, epoch: str, index: int) -> None:

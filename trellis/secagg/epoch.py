@@ -44,6 +44,8 @@ class Epoch:
     """By key index, the digest of the survivors it confirmed."""
     open: dict[str, list[str]] = field(default_factory=dict)
     """By key index in use: the request, and the base it is about."""
+    weights: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By key index in use, the members' weights; none where they are all the same."""
     masked: list[int] = field(default_factory=list)
     """Key indices that are used up, or in use."""
     mask_secrets: bytes = b""

@@ -28,6 +28,7 @@ from trellis.secagg.messages import (
     AskConfirm,
     AskDraw,
     AskKeys,
+    AskName,
     AskReveal,
     AskShares,
     AskSurvivors,
@@ -36,6 +37,7 @@ from trellis.secagg.messages import (
     Confirmation,
     Confirmed,
     Keys,
+    Named,
     Revealed,
     Shares,
     Stage,
@@ -85,6 +87,7 @@ class Member:
         if known is not None and known.asked == asked:
             return messages.from_fields(_reply_to(question), _unpacked(known.answer))
         handlers: dict[type[Stage], Callable[..., Stage]] = {
+            AskName: self._say_name,
             AskDraw: self._commit,
             AskReveal: self._reveal,
             AskKeys: self._advertise,
@@ -94,9 +97,14 @@ class Member:
             AskUnmask: self._unmask,
         }
         reply = handlers[type(question)](question)
-        if self.epoch is not None and not isinstance(question, AskDraw | AskReveal):
+        if self.epoch is not None and not isinstance(question, AskName | AskDraw | AskReveal):
             self.epoch.asked, self.epoch.answer = asked, _packed(reply)
         return reply
+
+    def _say_name(self, asked: AskName) -> Named:
+        """Its name, signed with what the server asked, so that nobody else can say it."""
+        signed = transcript.sign(self.key, "hello", {"node": self.name, "nonce": asked.nonce[:64].hex()})
+        return Named(self.name, signed.payload, signed.signature)
 
     # ------------------------------------------------------------ drawing groups
 
@@ -394,7 +402,7 @@ class Member:
             raise SecAggError(DENIED, "the request is not about the set of members that this node confirmed")
         if self.name not in request.members:
             raise SecAggError(DENIED, "the request is not for this node")
-        self._require_enough(e.members, e)
+        self._require_enough(e.members, e, weights_of(request))
         self._require_certified(e, confirmation)
         consent.require_unused(self.journal, e.epoch, index)
         if e.drawn:
@@ -418,6 +426,7 @@ class Member:
         prg.add_masks(counts, masks, region=COUNTS)
         e.masked.append(index)
         e.open[str(index)] = [asked, base]
+        e.weights[str(index)] = weights_of(request)
         e.mask_secrets = epoch.erased(e.mask_secrets, index, keys.KEY_BYTES)
         e.seeds = epoch.erased(e.seeds, index, keys.KEY_BYTES)
         return transcript.sign(self.key, "masked", masked_fields(e.roster, index, asked, self.name, update, counts))
@@ -476,7 +485,7 @@ class Member:
             raise SecAggError(DENIED, "the survivors are not members of the set, in order, once each")
         if self.name not in survivors:
             raise SecAggError(DENIED, "this node's vector is not in the sum")
-        self._require_enough(survivors, e)
+        self._require_enough(survivors, e, e.weights.get(str(index), {}))
 
     def _require_agreed(self, e: Epoch, asked: AskUnmask) -> None:
         """Enough survivors have signed that these are the survivors."""
@@ -534,7 +543,10 @@ class Member:
             raise SecAggError(DENIED, "this node is not in the set")
         return dict(zip(names, digests, strict=True))
 
-    def _require_enough(self, names: Sequence[str], e: Epoch) -> None:
+    def _require_enough(self, names: Sequence[str], e: Epoch, weights: Mapping[str, int] | None = None) -> None:
+        """Enough members, of enough organisations, for each of them to be hidden among the others."""
+        if weights:
+            names = consent.require_shared_weight(self.terms, weights, names)
         if len(names) < e.quorum:
             raise SecAggError(DENIED, f"{len(names)} members, {e.quorum} are needed")
         self._require_organisations(names)
@@ -554,6 +566,7 @@ class Member:
     def _close(self, e: Epoch, index: int) -> None:
         """Forget everything of a key index: it is never answered for again."""
         e.open.pop(str(index), None)
+        e.weights.pop(str(index), None)
         size = 2 * shamir.SHARE_BYTES
         e.shares = {name: epoch.erased(shares, index, size) for name, shares in e.shares.items()}
 
@@ -564,6 +577,15 @@ class Member:
 def seed_hash(roster_digest: bytes, name: str, index: int, seed: bytes) -> bytes:
     """What a member publishes of a self-mask seed."""
     return transcript.digest("seed", roster_digest, name, index, seed)
+
+
+def weights_of(request: Request) -> dict[str, int]:
+    """The members' weights in a request.  Raises SecAggError where there are not as many."""
+    masking = request.masking
+    if masking is None or len(masking.weights) != len(masking.members):
+        raise SecAggError(DENIED, "every member must have a weight")
+    # updates alone are weighed
+    return dict(zip(masking.members, masking.weights, strict=True)) if request.purpose == "train" else {}
 
 
 def self_mask(roster_digest: bytes, index: int, request: str, name: str, seed: bytes) -> bytes:

@@ -3,6 +3,7 @@
 Flat records of texts, numbers and bytes, so that any transport can carry them: `fields_of` and `from_fields` are the
 two directions.  What is signed is a `transcript.Signed`, as two entries: payload and signature.
 
+    hello        a member's name, signed: only where a server does not know its nodes
     draw         commitments, then reveals: only where groups are drawn
     keys         the group, and what each member publishes for the epoch
     shares       everybody's keys; what each member deals to the others
@@ -40,6 +41,22 @@ class Stage:
     def digest(self) -> bytes:
         """Of everything in it: the same question gets the same answer."""
         return transcript.digest("message", *(_part(v) for v in fields_of(self).values()))
+
+
+@dataclass(frozen=True, slots=True)
+class AskName(Stage):
+    """Who are you?"""
+
+    stage: ClassVar[str] = "hello"
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Named(Stage):
+    stage: ClassVar[str] = "hello"
+    name: str
+    payload: bytes
+    signature: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,10 +247,10 @@ class Unmasked(Stage):
     shares: tuple[bytes, ...]
 
 
-ASKED: tuple[type[Stage], ...] = (AskDraw, AskReveal, AskKeys, AskShares, AskConfirm, AskSurvivors, AskUnmask)
+ASKED: tuple[type[Stage], ...] = (AskName, AskDraw, AskReveal, AskKeys, AskShares, AskConfirm, AskSurvivors, AskUnmask)
 """What a server asks besides requests, by stage."""
 
-REPLIES: tuple[type[Stage], ...] = (Committed, Revealed, Keys, Shares, Confirmed, Survivors, Unmasked)
+REPLIES: tuple[type[Stage], ...] = (Named, Committed, Revealed, Keys, Shares, Confirmed, Survivors, Unmasked)
 
 
 def fields_of(message: Stage) -> Fields:
