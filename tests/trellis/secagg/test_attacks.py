@@ -136,9 +136,9 @@ def minus(a: Any, b: Any) -> Any:
 
 
 def is_near(a: Any, b: Any) -> bool:
-    """Whether two vectors of 256 words or more have more in common than chance gives: (1 / 2048 a coordinate)."""
+    """Whether more coordinates of two long vectors lie within 2^20 of each other than chance, 1 in 2048, explains."""
     assert a.size >= 256
-    return int((np.abs(minus(a, b).view(np.int32).astype(np.int64)) < 1 << 20).sum()) > 10
+    return int((np.abs(minus(a, b).view(np.int32).astype(np.int64)) < 1 << 20).sum()) > 10 + a.size // 100
 
 
 def looks_uniform(words: Any) -> bool:
@@ -195,7 +195,7 @@ def test_no_bit_of_a_key_is_fixed() -> None:
         numbers = [int.from_bytes(key, "big") for key in found]
         ones = [sum(n >> bit & 1 for n in numbers) for bit in range(256)]
         # Flower's seeds have four bits that are always 0, and 28 in all (facts of `trellis.secagg`)
-        assert all(400 < count < 600 for count in ones)  # 6.3 sigma, 256 bits: 7e-8 over both
+        assert all(350 < count < 650 for count in ones)  # 9.5 sigma: 1e-18 over all bits
         assert len(set(found)) == 1000
 
 
@@ -600,7 +600,7 @@ def test_a_statement_of_another_set_of_keys_is_refused() -> None:
 @pytest.mark.parametrize("threat", list(Threat))
 def test_a_dealer_that_sends_garbage_is_removed_and_the_others_sign_the_smaller_set(threat: Threat) -> None:
     play = dealt_out(threat)
-    size = len(play.leader.shares["b"].ciphertexts[0]) or len(play.leader.shares["b"].ciphertexts[2])
+    size = len(play.leader.shares["b"].ciphertexts[2])
     play.leader.take_shares("b", dealing(play, "b", VICTIM, secrets.token_bytes(size)))
     play.confirm()
     assert list(play.leader.removed) == ["b"]
@@ -1259,16 +1259,16 @@ def test_a_number_that_is_withheld_costs_its_owner_the_epoch_or_voids_the_draw(t
         assert play.leader.is_confirmed
 
 
-def test_a_number_that_the_server_withholds_from_one_node_makes_a_difference_to_nobody_else() -> None:
-    """Under semi_honest a server that lied would have 2^n tries; its nodes then sit in groups that do not fit."""
+def test_a_number_that_the_server_hides_from_one_node_voids_the_draw_under_a_malicious_server() -> None:
+    """It would choose the groups among 2^n; under semi_honest it is assumed not to."""
     members = consortium(7)
     drawing = draw(members, "epoch-1", 3)
     hidden = replace(drawing, reveals={n: r for n, r in drawing.reveals.items() if n != "n6"})
-    for threat in Threat:
-        asked = drawn_play(members, hidden, drawing.group_of("n0"), threat=threat).leader.asked
-        if threat is MALICIOUS:
-            with refuses("void"):
-                members["n0"].answer(asked)
+    unlisted = replace(hidden, commits={n: c for n, c in drawing.commits.items() if n != "n6"})
+    for tampered in (hidden, unlisted):
+        asked = drawn_play(members, tampered, drawing.group_of("n0"), threat=MALICIOUS).leader.asked
+        with refuses():
+            members["n0"].answer(asked)
 
 
 def test_a_draw_of_the_past_is_no_draw() -> None:
