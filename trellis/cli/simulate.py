@@ -199,7 +199,7 @@ def _groups(found: dict[str, Any] | None) -> str:
     """What the server did not see, of a run with secure aggregation."""
     if found is None:
         return "-"
-    return f"updates, counts and metrics of single nodes; {len(found['groups'])} groups, {found['holds_for']}"
+    return f"{len(found['groups'])} groups, {found['holds_for']}"
 
 
 def _attack(found: dict[str, Any] | None) -> str:
