@@ -66,7 +66,8 @@ def scored(task: NodeTask, data: NodeData, split: str, node: Identity, round: in
     rows = data.split(split)
     if not task.privacy.masks or split != "validation":
         return rows
-    seed = canonical.seed_for(task.seed, "half", round, node.spec.name) if task.insecure_rng else secrets.randbits(128)
+    foreseen = task.insecure_rng and node.simulated
+    seed = canonical.seed_for(task.seed, "half", round, node.spec.name) if foreseen else secrets.randbits(128)
     return take(rows, np.flatnonzero(np.random.default_rng(seed).random(num_rows(rows)) < 0.5))
 
 
@@ -89,7 +90,8 @@ def statistics(message: Message, context: Context) -> RecordDict:
     """Additive statistics of this node's training rows: what a scaler or a vocabulary is made of."""
     node, task = identity.of(context), task_of(message)
     request = wire.read_request(message)
-    _received(message, request, "statistics")
+    if _received(message, request, "statistics")[0]:
+        raise WireError("wrong_request", "statistics are of rows, and the message carries params")
     sector, rows = sector_of(task), data_of(node, task).train
     most = task.training.max_examples
     if most is not None and num_rows(rows) > most:  # no more rows are looked at than a round would train on

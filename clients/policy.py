@@ -27,6 +27,8 @@ def policy_mod(message: Message, context: Context, call_next: ClientAppCallable)
         if not _is_stage(message):
             task = task_of(message)
             consent(spec, task)
+            if task.insecure_rng and not identity.of(context).simulated:
+                raise PolicyRefusal("policy.privacy", f"{spec.name} draws its secrets from the OS, not from a seed")
             _require_masking(spec, task, message)
         reply = call_next(message, context)
         _check_reply(spec, reply)

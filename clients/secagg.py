@@ -10,9 +10,11 @@ node's memory; what must not be forgotten (keys that are used up, bases that are
 from __future__ import annotations
 
 import json
+import logging
+import math
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +30,9 @@ from trellis import identity as keys
 from trellis.errors import ConfigError, PolicyRefusal, SecAggError, WireError
 from trellis.identity import IdentityKey
 from trellis.identity import Member as Pin
-from trellis.secagg import counts, epoch, messages, quantise
+from trellis.secagg import counts, draws, epoch, messages, quantise
 from trellis.secagg.consent import DENIED, Terms
-from trellis.secagg.member import Draw, Member
+from trellis.secagg.member import Member
 from trellis.secagg.messages import AskDraw, AskKeys, AskReveal, Confirmation
 from trellis.types import POLICY_CODES, Masking, Request, Threat
 from trellis.vectors import Arrays, Layout
@@ -112,14 +114,12 @@ def _masked(
     """The app's reply, masked.  Nothing is trained for a request that this node would not mask."""
     said = message.content.config_records.get(wire.SECAGG, ConfigRecord())
     confirmation = messages.from_fields(Confirmation, dict(said))
+    _require_fitting(message, request, masking)
     with _Memory(context, masking.epoch) as member:
         member.require_maskable(request, confirmation)
-    reply = call_next(message, context)
-    if not reply.has_content():
-        return reply
-    own = identity.of(context)
-    update, clipped = _update(message, reply.content, request, masking, own.spec.name)
-    words = counts.encode(masking.counts, _values(reply.content, clipped=clipped))
+    # from here on nothing of the node's rows may decide whether it answers: a failure is masked too, and counted
+    update, values = _worked_out(message, context, call_next, request, masking)
+    words = counts.encode(masking.counts, values)
     with _Memory(context, masking.epoch) as member:
         signed = member.mask(request, confirmation, update, words)
     answer = ConfigRecord({wire.REQUEST: request.digest, "payload": signed.payload, "signature": signed.signature})
@@ -127,19 +127,33 @@ def _masked(
     return Message(RecordDict({wire.ARRAYS: arrays, wire.REPLY: answer}), reply_to=message)
 
 
+def _worked_out(
+    message: Message, context: Context, call_next: ClientAppCallable, request: Request, masking: Masking
+) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+    """What the app replies, as words and counts that are not masked yet; zeros where it fails."""
+    name, dtype = identity.of(context).spec.name, np.dtype(masking.dtype)
+    try:
+        reply = call_next(message, context)
+        if not reply.has_content():
+            raise SecAggError("error_reply", str(reply.error.reason))
+        update, clipped = _update(message, reply.content, request, masking, name)
+        values = _values(reply.content)
+        return update, {**values, counts.CLIPPED: int(clipped), counts.FAILED: 0}
+    except PolicyRefusal:  # the site's own word on how many of its rows are used
+        raise
+    except Exception:
+        logging.getLogger(__name__).exception("%s: the app failed; zeros are sent, masked", name)
+        return np.zeros(masking.dim if request.purpose == "train" else 0, dtype), {counts.FAILED: 1}
+
+
 def _update(
     message: Message, content: RecordDict, request: Request, masking: Masking, name: str
 ) -> tuple[npt.NDArray[Any], bool]:
-    """The app's update as words, not masked yet, and whether it was clipped.  (dim,)"""
-    dtype = np.dtype(masking.dtype)
-    if dtype not in (np.dtype(np.uint32), np.dtype(np.uint64)):
-        raise SecAggError(DENIED, f"masks are of 32 or 64 bits, not {str(masking.dtype)[:20]}")
+    """The app's update as words, and whether it was clipped.  (dim,)  ValueError where it is not finite."""
     if request.purpose != "train":
-        return np.zeros(0, dtype), False
+        return np.zeros(0, masking.dtype), False
     base = wire.from_record(message.content.array_records[wire.ARRAYS])
     layout = Layout.of(base)
-    if layout.dim != masking.dim:
-        raise SecAggError(DENIED, f"the model has {layout.dim} coordinates, the masks {masking.dim}")
     sent = wire.from_record(_arrays_of(content))
     # our app replies a delta to a request, other apps their params
     moved = wire.REPLY in content.config_records
@@ -147,12 +161,27 @@ def _update(
     # from the base, not from the round: the same update is rounded in the same way
     rng = np.random.default_rng(canonical.seed_for(int(request.config.get("seed", 0)), "round", request.base, name))
     weight = masking.weights[masking.members.index(name)]
-    try:
-        return quantise.quantise(
-            delta, clip_norm=masking.clip_norm, weight=weight, scale=masking.scale, dtype=dtype, rng=rng
-        )
-    except ValueError as error:
-        raise SecAggError("not_finite", f"the update cannot be masked: {error}") from error
+    return quantise.quantise(
+        delta,
+        clip_norm=masking.clip_norm,
+        weight=weight,
+        scale=masking.scale,
+        dtype=np.dtype(masking.dtype),
+        rng=rng,
+    )
+
+
+def _require_fitting(message: Message, request: Request, masking: Masking) -> None:
+    """Words of 32 or 64 bits, as many as the model has coordinates.  Raises SecAggError."""
+    if masking.dtype not in ("uint32", "uint64"):
+        raise SecAggError(DENIED, f"masks are of 32 or 64 bits, not {masking.dtype[:20]}")
+    if masking.scale < 1 or not 0 < masking.clip_norm < math.inf:
+        raise SecAggError(DENIED, f"scale {masking.scale} and clip norm {masking.clip_norm} are not above 0")
+    dim = 0
+    if request.purpose == "train":
+        dim = Layout.of(wire.from_record(message.content.array_records[wire.ARRAYS])).dim
+    if masking.dim != dim:
+        raise SecAggError(DENIED, f"there are {dim} coordinates to mask, not {masking.dim}")
 
 
 def _arrays_of(content: RecordDict) -> ArrayRecord:
@@ -173,16 +202,15 @@ def _fitting(layout: Layout, arrays: Arrays) -> Arrays:
     return arrays
 
 
-def _values(content: RecordDict, *, clipped: bool) -> dict[str, Any]:
+def _values(content: RecordDict) -> dict[str, Any]:
     """Everything that may leave as a count, by name."""
-    found: dict[str, Any] = {counts.CLIPPED: np.int64(clipped)}
+    found: dict[str, Any] = {}
     record = content.array_records.get(wire.COUNTS)
     if record is not None:
         found |= wire.from_record(record)
     metrics = content.metric_records.get(wire.METRICS)
     loss = metrics.get("train/loss", 0.0) if metrics is not None else 0.0
-    finite = isinstance(loss, int | float) and np.isfinite(loss)
-    found[counts.LOSS] = np.float64(min(max(float(cast(float, loss)), 0.0), LOSS_MAX) if finite else LOSS_MAX)
+    found[counts.LOSS] = loss if isinstance(loss, int | float) else LOSS_MAX
     return found
 
 
@@ -212,7 +240,7 @@ class _Memory:
             terms=_terms(self._own),
             journal=store,
             epoch=epoch.loads(data) if isinstance(data, bytes) and data else None,
-            draw=_draw_from(kept.get("draw")),
+            draw=draws.loads(kept["draw"]) if "draw" in kept else None,
         )
         return self._member
 
@@ -224,7 +252,7 @@ class _Memory:
         if self._member.epoch is not None:
             kept[self._slot] = epoch.dumps(self._member.epoch)
         if self._member.draw is not None:
-            kept["draw"] = _draw_text(self._member.draw)
+            kept["draw"] = draws.dumps(self._member.draw)
         self._context.state[STATE] = ConfigRecord(kept)
 
     def _kept(self) -> dict[str, Any]:
@@ -242,27 +270,6 @@ class _Memory:
         return next((slot for slot, found in known.items() if found == asked), PINNED)
 
 
-def _draw_text(draw: Draw) -> str:
-    return json.dumps(
-        {
-            "run": draw.run,
-            "epoch": draw.epoch,
-            "names": draw.names,
-            "group_size": draw.group_size,
-            "number": draw.number.hex(),
-            "commits": draw.commits.hex(),
-        }
-    )
-
-
-def _draw_from(text: Any) -> Draw | None:
-    if not isinstance(text, str):
-        return None
-    fields = json.loads(text)
-    fields |= {name: bytes.fromhex(fields[name]) for name in ("number", "commits")}
-    return Draw(**fields)
-
-
 def _terms(own: Identity) -> Terms:
     policy = own.spec.policy.secagg
     default = Threat.semi_honest if own.simulated else Threat.malicious_server
@@ -271,6 +278,8 @@ def _terms(own: Identity) -> Terms:
         min_group=policy.min_group,
         max_per_organisation=policy.max_per_organisation,
         max_share=policy.max_share,
+        max_weight_ratio=_ratio(own),
+        colluding=policy.colluding,
         max_keys=policy.max_keys,
         max_draws=policy.max_draws,
         max_regroupings=policy.max_regroupings,
@@ -279,6 +288,12 @@ def _terms(own: Identity) -> Terms:
         # a site that starts its node from an allow-list of code will say so here; simulation plays such a site
         code_is_pinned=own.simulated,
     )
+
+
+def _ratio(own: Identity) -> float:
+    """How much more one update may weigh than another: in simulation as much as the run likes."""
+    given = own.spec.policy.secagg.max_weight_ratio
+    return given if given is not None else math.inf if own.simulated else 1.0
 
 
 def _key(own: Identity) -> IdentityKey:

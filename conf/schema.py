@@ -197,6 +197,10 @@ class SecAggPolicy:
     """Members of one organisation in a group."""
     max_share: float = 0.5
     """Of all weight in a sum, the most that one node's update may have."""
+    max_weight_ratio: float | None = None
+    """How much more one node's update may weigh than another's; None: not more, and in simulation as the run says."""
+    colluding: float = 0.1
+    """In groups whose members do not all share with each other: share of them that may collude."""
     max_keys: int = 1024
     max_draws: int = 4
     """Draws of groups that come to nothing, in a row."""
@@ -209,6 +213,9 @@ class SecAggPolicy:
         _within("policy.secagg.min_group", self.min_group, least=2)
         _within("policy.secagg.max_per_organisation", self.max_per_organisation, least=1)
         _within("policy.secagg.max_share", self.max_share, above=0, most=1)
+        if self.max_weight_ratio is not None:
+            _within("policy.secagg.max_weight_ratio", self.max_weight_ratio, least=1)
+        _within("policy.secagg.colluding", self.colluding, least=0, below=1)
         _within("policy.secagg.max_keys", self.max_keys, least=1)
         _within("policy.secagg.max_draws", self.max_draws, least=0)
         _within("policy.secagg.max_regroupings", self.max_regroupings, least=0)

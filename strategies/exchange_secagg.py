@@ -32,9 +32,9 @@ from strategies.sums import KnownSum, Pending, Sums
 from trellis import wire
 from trellis.errors import BaseSpent, ConfigError, SecAggError, WireError
 from trellis.identity import Member
-from trellis.secagg import counts, leader, member, messages, quantise, roster, transcript
+from trellis.secagg import consent, counts, draws, leader, messages, quantise, roster, transcript
+from trellis.secagg.draws import Draw
 from trellis.secagg.leader import Leader
-from trellis.secagg.member import Draw
 from trellis.secagg.messages import (
     AskDraw,
     AskKeys,
@@ -174,6 +174,8 @@ class SecAggExchange:
     _epochs: dict[tuple[str, ...], Open] = field(default_factory=dict, repr=False)
     _draws: dict[str, list[tuple[str, ...]]] = field(default_factory=dict, repr=False)
     """Groups that were drawn, by role, while their epochs last."""
+    _most_rows: int = field(default=0, repr=False)
+    """What weights are in relation to: the most rows that a node of the run's first cohort registered."""
     _convicted: dict[str, str] = field(default_factory=dict, repr=False)
     """Members whose shares were proven false: no epoch is begun with them again."""
     _out: dict[tuple[str, ...], dict[str, str]] = field(default_factory=dict, repr=False)
@@ -188,6 +190,7 @@ class SecAggExchange:
         started = time.perf_counter()
         cohort = sorted(cohort, key=lambda node: node.name)
         books = _Books({node.name: node for node in cohort}, self.clock)
+        self._most_rows = self._most_rows or max((node.num_examples or 0 for node in cohort), default=0)
         about = f"{request.purpose}-{request.base[:32]}"
         known = list(self._store.known(about))
         pending = self._store.pending(about, self.pins)
@@ -294,13 +297,13 @@ class SecAggExchange:
         listed = AskReveal(
             epoch, names, tuple(commits[n].payload for n in names), tuple(commits[n].signature for n in names)
         )
-        draw = Draw(run, epoch, list(everyone), size, b"", commits=member.commits_digest(commits))
+        draw = Draw(run, epoch, list(everyone), size, b"", commits=draws.commits_digest(commits))
         reveals: dict[str, Signed] = {}
         numbers: dict[str, bytes] = {}
         for name, shown in self._stage(dict.fromkeys(names, _content(listed)), Revealed, ask, books):
             signed = Signed(shown.payload, shown.signature)
             with books_refusing(books, name):
-                numbers[name] = member.number_in(self.pins[name], draw, signed, commits[name])
+                numbers[name] = draws.number_in(self.pins[name], draw, signed, commits[name])
                 reveals[name] = signed
         if not numbers:
             return None
@@ -457,7 +460,8 @@ class SecAggExchange:
         index, opened.next_index = opened.next_index, opened.next_index + 1
         led, members = opened.leader, opened.leader.members
         weights = self._weights(opened.nodes, members)
-        bits, scale = self._scale(len(members), max(weights))
+        # by the whole group, not by who is there: nodes want the same scale in all of a run
+        bits, scale = self._scale(2 * max(self.drawn_size, self.audit_size) if opened.drawn else len(opened.names))
         masking = Masking(
             epoch=led.asked.epoch,
             group=led.asked.group,
@@ -479,25 +483,26 @@ class SecAggExchange:
         if self.max_weight == 1:
             return tuple(1 for _ in members)
         rows = [nodes[name].num_examples or 0 for name in members]
-        most = max(max(rows), 1)
+        most = self._most_rows
         return tuple(max(round(self.max_weight * r / most), min(r, 1)) for r in rows)
 
-    def _scale(self, num_members: int, max_weight: int) -> tuple[int, int]:
+    def _scale(self, num_members: int) -> tuple[int, int]:
         """(bits, steps of a coordinate of 1): 32 bits where they are fine enough."""
         try:
-            scale = quantise.scale_for(num_members, self.clip_norm, max(max_weight, 1))
+            scale = quantise.scale_for(num_members, self.clip_norm, self.max_weight)
             if scale >= self.min_resolution:
                 return 32, scale
         except ConfigError:
             pass
-        return 64, quantise.scale_for(num_members, self.clip_norm, max(max_weight, 1), bits=64)
+        finest = int(consent.MAX_STEPS / self.clip_norm)  # float32 has no finer digits that mean anything
+        return 64, max(min(quantise.scale_for(num_members, self.clip_norm, self.max_weight, bits=64), finest), 1)
 
     def _fields(self, request: Request, nodes: Mapping[str, NodeInfo], num_members: int) -> tuple[CountField, ...]:
         """What is summed beside the updates, and how much of each a node can have."""
-        own: list[CountField] = []
+        failed, clipped = TensorSpec(counts.FAILED, (), "int64"), TensorSpec(counts.CLIPPED, (), "int64")
+        own = [counts.field_of(counts.FAILED, failed, most=1, num_members=num_members)]
         if request.purpose == "train":
-            clipped = TensorSpec(counts.CLIPPED, (), "int64")
-            own = [counts.field_of(counts.CLIPPED, clipped, most=1, num_members=num_members)]
+            own.append(counts.field_of(counts.CLIPPED, clipped, most=1, num_members=num_members))
             if self.native:
                 loss = TensorSpec(counts.LOSS, (), "float64")
                 own.append(counts.field_of(counts.LOSS, loss, most=LOSS_MAX, num_members=num_members))
@@ -662,7 +667,7 @@ class SecAggExchange:
         found: list[GroupSum] = []
         for known in sorted(sums, key=lambda s: s.survivors):
             try:
-                weight = _read_sum(known, self.clip_norm, updates_nd[len(rows)] if trains else None)
+                weight = _read_sum(known, updates_nd[len(rows)] if trains else None)
             except SecAggError as error:
                 self._lose(known.names, f"its sum cannot be that of honest members: {error.evidence}", books)
                 found.append(GroupSum(known.group, known.names, lost=error.evidence, drawn=known.drawn))
@@ -800,24 +805,35 @@ def _read_masked(content: RecordDict, request: Request) -> tuple[Signed, Any, An
     return Signed(payload, signature), decoded[0], decoded[1]
 
 
-def _read_sum(known: KnownSum, clip_norm: float, out: Any) -> float:
+def _read_sum(known: KnownSum, out: Any) -> float:
     """A group's mean into `out`, its weight back.  Raises SecAggError where honest members cannot have such a sum."""
-    masking = known.masking
+    masking, num_survivors = known.masking, len(known.survivors)
     weight_of = dict(zip(masking.members, masking.weights, strict=True))
     weight = sum(weight_of[name] for name in known.survivors)
     if out is None:
         return float(weight)
-    if not weight:
-        raise SecAggError("num_examples", "its survivors registered no rows: their weight is 0")
-    most = quantise.largest_sum(weight, masking.clip_norm, masking.scale, len(known.survivors))
+    if len(set(masking.weights)) == 1:  # who failed sent zeros, and is not in the mean
+        weight -= weight_of[known.survivors[0]] * _failed(known)
+    if weight <= 0:
+        raise SecAggError("num_examples", "its survivors failed, or registered no rows: their weight is 0")
+    most = quantise.largest_sum(weight, masking.clip_norm, masking.scale, num_survivors)
     out[:] = quantise.dequantise(
-        known.update, scale=masking.scale, total_weight=weight, num_members=len(known.survivors), most=most
+        known.update, scale=masking.scale, total_weight=weight, num_members=num_survivors, most=most
     )
-    rounding = float(np.sqrt(masking.dim)) * len(known.survivors) / (masking.scale * weight)
+    rounding = float(np.sqrt(masking.dim)) * num_survivors / (masking.scale * weight)
     length = norm(out)
     if length > masking.clip_norm * (1 + SLACK) + rounding:
         raise SecAggError("norm", f"its mean has norm {length:.3g}, members clip to {masking.clip_norm:.3g}")
     return float(weight)
+
+
+def _failed(known: KnownSum) -> int:
+    """Survivors that sent zeros because their app failed; 0 where the counts cannot be believed."""
+    try:
+        found = counts.decode(known.masking.counts, known.counts, num_members=len(known.survivors))
+    except SecAggError:
+        return 0
+    return int(found.get(counts.FAILED, 0))
 
 
 def _lost(group: tuple[str, ...], pins: Mapping[str, Member], books: _Books, *, drawn: bool) -> GroupSum:

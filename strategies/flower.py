@@ -237,10 +237,8 @@ class RoundStrategy(Strategy):
 
     def _weights(self, rows: Sequence[Row]) -> np.ndarray[Any, np.dtype[np.float64]] | None:
         """What rows weigh: what was registered, or as many as they are of; None: all the same."""
-        if self.weighted:
-            return np.array([row.weight for row in rows], np.float64)
-        sizes = np.array([len(row.members) for row in rows], np.float64)
-        return sizes if (sizes > 1).any() else None
+        masked = any(len(row.members) > 1 for row in rows)
+        return np.array([row.weight for row in rows], np.float64) if self.weighted or masked else None
 
     def _rows(self, collected: Collected) -> Rows:
         return Rows(collected.updates_nd, device=None if self.device == "cpu" else self.device)

@@ -93,7 +93,7 @@ def _means(collected: Collected) -> dict[str, float]:
     if collected.groups is None:
         return mean_metrics(collected.updates)
     summed = [group for group in collected.groups if "train_loss" in group.metrics]
-    nodes = sum(len(group.survivors) for group in summed)
+    nodes = sum(len(group.survivors) - group.metrics.get("num_failed", 0) for group in summed)
     return {"train/loss": sum(group.metrics["train_loss"] for group in summed) / nodes} if nodes else {}
 
 
@@ -105,6 +105,7 @@ def masked_findings(collected: Collected) -> dict[str, float]:
         "secagg/num_groups": float(len(collected.groups)),
         "secagg/num_groups_lost": float(sum(group.lost is not None for group in collected.groups)),
         "secagg/num_groups_voided": float(sum(group.voided is not None for group in collected.groups)),
+        "secagg/num_failed": sum(group.metrics.get("num_failed", 0.0) for group in collected.groups),
         "secagg/num_clipped": sum(group.metrics.get("num_clipped", 0.0) for group in collected.groups),
     }
 
@@ -119,6 +120,7 @@ def groups(*many: Collected | None) -> dict[str, dict[str, Any]]:
             "voided": group.voided,
             "trains": collected is many[0],
             "num_clipped": int(group.metrics.get("num_clipped", 0)),
+            "num_failed": int(group.metrics.get("num_failed", 0)),
         }
         for collected in many
         if collected is not None

@@ -10,6 +10,8 @@
     ├── CohortTooSmall      too few rows for the rule: the round closes, the model stays
     ├── NotFinite           rows cannot be combined in float32: the round closes, the model stays
     ├── PolicyRefusal       this node does not consent to a request
+    ├── BudgetError         a privacy budget would be exceeded
+    ├── LedgerError         a privacy ledger is damaged
     ├── ResumeError         a run folder cannot be continued
     ├── VersionError        a stored model version is damaged, or is not what its card says
     └── TrackingError       the tracking server refused or could not be reached
@@ -74,6 +76,14 @@ class PolicyRefusal(TrellisError):
         super().__init__(f"{code}: {reason}")
         self.code = code
         self.reason = reason
+
+
+class BudgetError(TrellisError):
+    """A privacy budget would be exceeded, or is already."""
+
+
+class LedgerError(TrellisError):
+    """A privacy ledger is damaged, is another's, or is asked for what it must not hold."""
 
 
 class ResumeError(TrellisError):

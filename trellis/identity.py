@@ -136,11 +136,14 @@ def load_members(path: Path) -> tuple[Member, ...]:
 def _member(entry: Mapping[str, Any]) -> Member:
     if not isinstance(entry, dict) or not {"name", "organisation", "public_key"} <= set(entry):
         raise ValueError(f"a member needs name, organisation and public_key, found {entry!r}")
-    public_key = bytes.fromhex(str(entry["public_key"]))
+    odd = [key for key, value in entry.items() if not isinstance(value, str)]
+    if odd:  # YAML reads `no` as false, and digits as a number
+        raise ValueError(f"{odd} of {entry['name']!r} are no texts: put them in quotes")
+    public_key = bytes.fromhex(entry["public_key"])
     if len(public_key) != KEY_BYTES:
         raise ValueError(f"the public key of {entry['name']} has {len(public_key)} bytes, not {KEY_BYTES}")
-    group, role = str(entry.get("group") or ""), str(entry.get("role") or "train")
-    return Member(str(entry["name"]), str(entry["organisation"]), public_key, group, role)
+    group, role = entry.get("group", ""), entry.get("role", "train")
+    return Member(entry["name"], entry["organisation"], public_key, group, role)
 
 
 def _twice(values: Iterable[str]) -> str | None:

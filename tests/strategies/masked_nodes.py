@@ -19,6 +19,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from clients import identity as own_identity
 from clients.secagg import secagg
+from clients.store import NodeStore
 from experiments.engines.local import LocalGrid
 from strategies.exchange import door
 from strategies.exchange_secagg import SecAggExchange
@@ -38,6 +39,7 @@ GROUPS = {"a": ("a0", "a1", "a2", "a3"), "b": ("b0", "b1", "b2")}
 CLIP = 10.0
 
 Lie = Callable[[RecordDict], RecordDict | Error]
+Tamper = Callable[[RecordDict], RecordDict]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Federation:
     base: Mapping[str, Any] = field(default_factory=lambda: BASE)
     lies: dict[tuple[str, str], Lie] = field(default_factory=dict)
     """By node and stage, what is done to the content of its honest reply."""
+    tampered: dict[tuple[str, str], Tamper] = field(default_factory=dict)
+    """By node and stage, what a server makes of its question."""
     late: set[tuple[str, str]] = field(default_factory=set)
     """Nodes whose reply at a stage never arrives."""
     policy: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +92,7 @@ class Federation:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.asked: list[tuple[str, str]] = []
         self.sent: list[tuple[str, str, RecordDict]] = []
+        self.questions: dict[tuple[str, str], RecordDict] = {}
         self.connect()
 
     def connect(self) -> None:
@@ -134,7 +139,27 @@ class Federation:
 
     def ask(self, messages: Sequence[Message], timeout_s: float) -> Iterator[Message]:
         self.asked += [(self.names[m.metadata.dst_node_id], stage_of(m)) for m in messages]
-        return door(self.grid, self.grid.clock)(messages, timeout_s)
+        sent = [self._question(m) for m in messages]
+        return door(self.grid, self.grid.clock)(sent, timeout_s)
+
+    def _question(self, message: Message) -> Message:
+        name, stage = self.names[message.metadata.dst_node_id], stage_of(message)
+        tamper = self.tampered.get((name, stage), lambda content: content)
+        content = self.questions[name, stage] = tamper(message.content)
+        return Message(content, message.metadata.dst_node_id, message.metadata.message_type)
+
+    def send(self, name: str, content: RecordDict, kind: str = "train") -> Message:
+        """One message to one node.  -> its reply"""
+        (node_id,) = (n.node_id for n in self.nodes if n.name == name)
+        (reply,) = door(self.grid, self.grid.clock)([Message(content, node_id, kind)], 60)
+        return reply
+
+    def store(self, name: str) -> NodeStore:
+        return NodeStore(self.folder / f"{name}.store")
+
+    def context(self, name: str) -> Context:
+        """What a node holds in memory."""
+        return next(self.grid._contexts[n.node_id] for n in self.nodes if n.name == name)
 
     def delta(self, name: str, round: int = 1) -> dict[str, Any]:
         """What a node's training does to the floating params."""

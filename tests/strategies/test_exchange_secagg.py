@@ -838,16 +838,24 @@ def test_a_pending_sum_under_malicious_server_is_finished_with_the_signatures_th
     assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A, 4))
 
 
+@pytest.fixture(scope="module")
+def files(sites: Sites, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A file of sums, and one of sums that were about to be unmasked."""
+    folder = tmp_path_factory.mktemp("files")
+    nodes = Federation(sites, folder / "nodes")
+    nodes.collect(nodes.exchange(folder=folder / "sums"))
+    nodes.connect()
+    with pytest.raises(Killed):
+        nodes.collect(nodes.exchange(folder=folder / "pending"), ask=dying(nodes, "unmask", 0))
+    return {kind: next((folder / kind).glob(f"*.{kind}")) for kind in ("sums", "pending")}
+
+
 @pytest.fixture(params=["sums", "pending"])
-def written(request: pytest.FixtureRequest, nodes: Federation, tmp_path: Path) -> Path:
-    """A file of sums, or of sums that were about to be unmasked."""
-    folder = tmp_path / "sums"
-    if request.param == "sums":
-        nodes.collect(nodes.exchange(folder=folder))
-    else:
-        with pytest.raises(Killed):
-            nodes.collect(nodes.exchange(folder=folder), ask=dying(nodes, "unmask", 0))
-    (path,) = folder.glob(f"*.{request.param}")
+def written(request: pytest.FixtureRequest, files: dict[str, Path], tmp_path: Path) -> Path:
+    """One of them, in a folder of its own."""
+    path = tmp_path / "sums" / files[request.param].name
+    path.parent.mkdir()
+    path.write_bytes(files[request.param].read_bytes())
     return path
 
 

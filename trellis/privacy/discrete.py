@@ -7,6 +7,8 @@ because it is closed under sums: shares add up to exactly the law that is accoun
 discrete Gaussian (Kairouz, Liu, Steinke, ICML 2021, https://arxiv.org/abs/2102.06387) do not, which costs a term that
 grows with the members and falls only with the noise of each.
 
+    vector += skellam(vector.size, share, ...).astype(vector.dtype)     after `quantise`, before the masks: mod 2^bits
+
 **The unit is a node's update of a round.**  Neighbours differ by one node's vector being there or zero: the roster and
 who survived are public.  For one vector in place of another double both sensitivities.
 
@@ -54,11 +56,11 @@ def skellam(size: int, variance: float, random_bytes: Callable[[int], bytes] = s
     `random_bytes(32)` keys AES-256 in counter mode for every few ten thousand of them: the operating system's entropy
     unless a test brings a seeded one, `np.random.default_rng(7).bytes`.
 
-    Drawn from the law itself, P(k) = e^-v I_|k|(v), not from Poisson variables: numpy's take twice the time and lose
-    their law when they are large (variance 2 % short at 1e14, where log k! no longer resolves a unit).  Below 4096 a
-    64-bit word is looked up in the table of tails, off by 2^-62 for each; above, by rejection (`_by_rejection`), and
-    P(k) is off by a relative 1e-11 up to 1e14, in proportion to the standard deviation beyond, far tails (below 2^-60)
-    excepted.  ValueError beyond `LARGEST_VARIANCE`.
+    Drawn from the law itself, P(k) = e^-v I_|k|(v), not from two Poisson variables: numpy's take twice the time, and
+    large ones are wrong (at 1e14 the variance is 2 % short: the terms of ln P, 1e15, no longer resolve 0.1).
+    Below 4096 a 64-bit word is looked up in a table of tails: P(k) is off by a relative 1e-13 and an absolute 2^-63.
+    Above by rejection: by a relative 1e-12 (at 8 standard deviations 1e-11), which over a million coordinates is 1e-6
+    of epsilon; by more beyond 9, a probability of 2^-62.  ValueError beyond `LARGEST_VARIANCE`.
     """
     if size < 0 or not 0 <= variance <= LARGEST_VARIANCE:
         raise ValueError(f"{size=}, {variance=}: a variance is 0 to {LARGEST_VARIANCE:g}")
@@ -121,8 +123,8 @@ def rdp_skellam(alpha: npt.ArrayLike, *, l1: float, l2: float, variance: float) 
 
         alpha l2^2 / (2 v) + min(((2 alpha - 1) l2^2 + 6 l1) / (4 v^2), 3 l1 / (2 v))
 
-    Agarwal, Kairouz, Liu, Theorem 3.5 (a coordinate) and Corollary 3.6 (vectors; v is the variance there, too).  The
-    first term is the Gaussian's: at v >> l1 / l2^2 being integer costs nothing.  inf without noise.
+    Agarwal, Kairouz, Liu, Theorem 3.5 (a coordinate) and Corollary 3.6 (vectors); v is the variance there, too.  The
+    first term is the Gaussian's; for integers, l1 <= l2^2, the second is at most 2.25 / v of it.  inf without noise.
     """
     order = np.asarray(alpha, np.float64)
     if not (order >= 2).all() or not (order == np.floor(order)).all():
@@ -160,7 +162,7 @@ def epsilon(delta: float, rounds: int, *, l1: float, l2: float, variance: float,
 def noise_variance_for(target_epsilon: float, delta: float, rounds: int, l1: float, l2: float) -> float:
     """The least total variance, to 1e-6 from above, with which `rounds` sums spend `target_epsilon` at most.
 
-    ConfigError when no noise is enough: the orders of `ALPHAS` reach down to about 1e-5 only.
+    ConfigError when no noise is enough: the orders of `ALPHAS` reach down to 1e-5 for a small delta.
     """
     if not 0 < target_epsilon < math.inf or rounds < 1:
         raise ConfigError(f"{target_epsilon=}, {rounds=}: both are above 0")
@@ -208,17 +210,19 @@ def noisy_scale_for(
         return share_variance(variance_for(l1, l2), num_contributing)
 
     def room(scale: int) -> int:
+        if share(scale) > LARGEST_VARIANCE:
+            raise ConfigError(f"noise of variance {share(scale):.3g} a node, {LARGEST_VARIANCE:g} at most are drawn")
         tail = noise_tail(share(scale), dim=dim)
         return scale_for(num_members, clip_norm, max_weight, bits=bits, noise_tail=tail)
 
     def fits(scale: int) -> bool:
         try:
-            return share(scale) <= LARGEST_VARIANCE and scale <= room(scale)
+            return scale <= room(scale)
         except ConfigError:
             return False
 
     fitting, above = 1, scale_for(num_members, clip_norm, max_weight, bits=bits) + 1
-    room(fitting)  # says what is missing
+    room(fitting)  # or it says what is missing
     while above - fitting > 1:
         middle = (fitting + above) // 2
         fitting, above = (middle, above) if fits(middle) else (fitting, middle)
@@ -265,7 +269,7 @@ def _tails(variance: float) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int1
 
 _HAT = 1.16
 _AT_ONCE = 0.88
-"""Of P(k) x'(u) over all u: its largest value, and what it is at least _HAT times where |u| <= 0.43."""
+"""P(k) x'(u) is _HAT at most, and _AT_ONCE _HAT at least where |u| <= 0.43: there most tries need no logarithm."""
 
 
 def _by_rejection(noise_n: Integers, variance: float, random_bytes: Callable[[int], bytes]) -> None:
@@ -281,20 +285,19 @@ def _accepted(num_tries: int, variance: float, random_bytes: Callable[[int], byt
     """Transformed rejection (Hörmann, Insurance: Mathematics and Economics 1993: numpy's Poisson, its constants too).
 
     u uniform on (-1/2, 1/2) goes to x(u) = (2 a / (1/2 - |u|) + b) u, whose density has tails of 1 / x^2, and k there
-    is kept with probability P(k) x'(u) / _HAT.  u has 53 bits: at large variances it picks a block of integers and 11
-    more bits one in the block, or else few of the integers could be drawn.  Blocks are a 64th of the standard deviation
-    at most, over which P hardly changes: the tests check both constants.
+    is kept with probability P(k) x'(u) / _HAT.  The 53 bits of u pick a block of integers, other bits one in the block:
+    alone they would prefer some integers where the deviation is large.  Blocks are a 64th of the standard deviation at
+    most, over which P hardly changes: the tests check both constants.
     """
-    words = keystream(random_bytes(32), 2 * num_tries, np.uint64).view(np.int64)
-    first, second = words[:num_tries], words[num_tries:]
+    words = keystream(random_bytes(32), 3 * num_tries, np.uint64).reshape(3, num_tries)
     std = math.sqrt(variance)
-    block = 2 ** min(11, math.floor(math.log2(std / 64)))
+    block = 2 ** math.floor(math.log2(std / 64))
     b = 2.53 * std
     a = 0.02483 * b
-    u = ((first >> 11) + 0.5) * 2.0**-53
+    u = ((words[0].view(np.int64) >> 11) + 0.5) * 2.0**-53
     us = 0.5 - np.abs(u)
-    k = np.floor((2 * a / us + b) * u / block) * block + (first & (block - 1))
-    v = (second.view(np.uint64) + 0.5) * 2.0**-64
+    k = np.floor((2 * a / us + b) * u / block) * block + (words[1] & np.uint64(block - 1))
+    v = (words[2] + 0.5) * 2.0**-64
     keep = (us >= 0.07) & (v <= _AT_ONCE)
     rest = np.flatnonzero(~keep)
     keep[rest] = np.log(v[rest] * _HAT / (a / us[rest] ** 2 + b)) <= _log_probability(k[rest], variance)
@@ -303,7 +306,7 @@ def _accepted(num_tries: int, variance: float, random_bytes: Callable[[int], byt
 
 
 def _log_probability(k: Floats, variance: float) -> Floats:
-    """ln(e^-v I_|k|(v)), off by less than 1e-11 of 1 plus 1e-15 of itself for v >= 4096.
+    """ln(e^-v I_|k|(v)), off by less than 2e-12, and 1e-15 of itself, for v >= 4096.
 
     Debye's expansion (DLMF 10.41.3) with w = sqrt(k^2 + v^2), p = k / w.  The exponent as w - v = k^2 / (w + v), where
     nothing cancels.

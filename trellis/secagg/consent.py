@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from trellis.errors import SecAggError
-from trellis.types import Request, Threat
+from trellis.types import Masking, Request, Threat
 
 DENIED = "policy.secagg"
 
@@ -44,66 +44,146 @@ class Terms:
     """Whether a base that it answered in another run may be answered for other survivors."""
     max_share: float = 0.5
     """Of all weight in a sum, the most that one member's update may have: with weights 100, 1, 1 it is one update."""
+    max_weight_ratio: float = 1.0
+    """How much more one update may weigh than another.  Weights are the server's: one that changes them from round to
+    round solves for single updates."""
+    colluding: float = 0.1
+    dropping: float = 0.1
+    """In a sparse graph, shares of the members that may: they give the least number of neighbours."""
     fixed_survivors: bool = False
     """Whether a run gets sums over one set of survivors only, a member that is missing costing the group the round."""
     code_is_pinned: bool = False
     """Whether this site runs only code that it has approved."""
 
 
+PURPOSES = {"train": ("validation",), "evaluate": ("validation", "test", "test_tuned"), "statistics": ("train",)}
+"""What a masked request may be for, and on which splits.  Test rows are scored once a base, in an evaluation."""
+
+MAX_STEPS = 2.0**31
+"""Steps within the clip norm where updates are weighed: finer ones leave digits free, in which the update of a smaller
+weight could be read."""
+
+
 def base_of(request: Request) -> str:
-    """What a set of survivors is answered for: a base and a purpose.  Statistics have no base but their data."""
-    about = str(request.config.get("sector", "")) if request.purpose == "statistics" else ""
-    return f"{request.purpose}:{about}:{request.base}"
+    """What a set of survivors is answered for: a purpose and a base.
+
+    Statistics are of the data, whatever params come with the question.  Raises SecAggError for anything else.
+    """
+    if not set(request.splits) <= set(PURPOSES.get(request.purpose, ())) or request.purpose not in PURPOSES:
+        raise SecAggError(DENIED, f"nothing is masked for {request.purpose!r} on {list(request.splits)[:4]}")
+    if request.purpose == "statistics":
+        return f"statistics:{request.config.get('sector', '')}"
+    return f"{request.purpose}:{request.base}"
+
+
+def require_weights(terms: Terms, masking: Masking) -> None:
+    """Raises SecAggError where weights, which the server chooses, could make a sum tell single updates."""
+    weights = [w for w in masking.weights if w]
+    if min(masking.weights, default=0) < 0 or not weights:
+        raise SecAggError(DENIED, "weights are whole numbers, none below 0, not all 0")
+    ratio = max(weights) / min(weights)
+    if ratio > terms.max_weight_ratio:
+        raise SecAggError(
+            DENIED, f"one update weighs {ratio:.4g} times another, the site allows {terms.max_weight_ratio:g}"
+        )
+    if ratio > 1 and masking.scale * masking.clip_norm > MAX_STEPS:
+        raise SecAggError(DENIED, f"weighed updates in {masking.scale} steps: the finest digits would tell single ones")
 
 
 def require_shared_weight(terms: Terms, weights: Mapping[str, int], survivors: Sequence[str]) -> tuple[str, ...]:
     """Those of the survivors whose updates weigh something: no other hides anybody.
 
-    Raises SecAggError where one of them weighs more than the site allows: the weights are the server's.
+    Raises SecAggError where one of them weighs more than the site allows.
     """
     total = sum(weights[name] for name in survivors)
     most = max((weights[name] for name in survivors), default=0)
-    if min(weights.values(), default=0) < 0 or most > terms.max_share * total:
+    if most > terms.max_share * total:
         raise SecAggError(
             DENIED, f"one member has {most} of {total} parts of the sum, the site allows a share of {terms.max_share:g}"
         )
     return tuple(name for name in survivors if weights[name])
 
 
-def require_unused(journal: Journal, epoch: str, index: int) -> None:
-    """Raises SecAggError where this key index has masked a vector already."""
-    if any(f["fact"] == "masked" and f["epoch"] == epoch and f["index"] == index for f in journal.facts()):
+def settings_of(masking: Masking) -> list[Any]:
+    """What must stay the same in a run: with other clipping or other weights, the difference of two sums tells whose
+    update was clipped or weighed."""
+    weights = sorted(zip(masking.members, masking.weights, strict=True)) if len(set(masking.weights)) > 1 else []
+    return [masking.clip_norm, masking.scale, masking.dtype, [list(pair) for pair in weights]]
+
+
+def require_new(
+    journal: Journal,
+    terms: Terms,
+    *,
+    run: str,
+    epoch: str,
+    index: int,
+    base: str,
+    members: Sequence[str],
+    drawn: bool,
+    settings: Sequence[Any],
+) -> None:
+    """Raises SecAggError where a vector may not be masked, for what was masked and answered before."""
+    facts = journal.facts()
+    masked = [f for f in facts if f["fact"] == "masked"]
+    if any(f["epoch"] == epoch and f["index"] == index for f in masked):
         raise SecAggError(DENIED, f"key index {index} has masked a vector already: it is used once")
+    if any(f["base"] == base and f["run"] == run for f in facts if f["fact"] == "answered"):
+        raise SecAggError(DENIED, "this base was answered in this run: it is unmasked once")
+    for fact in masked:
+        repeats = fact["base"] == base and not (terms.allow_repeat and fact["run"] != run)
+        if repeats and fact["members"] != list(members):
+            raise SecAggError(
+                DENIED,
+                "this base was masked in another group, and two sums would tell them apart; another seed gives another "
+                "base",
+            )
+        same_kind = fact["run"] == run and fact["drawn"] == drawn and fact["purpose"] == base.partition(":")[0]
+        if same_kind and not _agree(fact["settings"], settings):
+            raise SecAggError(DENIED, "clipping, scale or weights are not those that this run began with")
+
+
+def _agree(before: Sequence[Any], now: Sequence[Any]) -> bool:
+    """Whether settings are the same, weights for the members that both are about."""
+    known, told = dict(before[3]), dict(now[3])
+    both = set(known) & set(told)
+    # where only one of two names weights, all are the same in the other
+    return list(before[:3]) == list(now[:3]) and bool(known) == bool(told) and all(known[n] == told[n] for n in both)
 
 
 def require_same_survivors(
-    journal: Journal, terms: Terms, *, run: str, group: str, base: str, survivors: Sequence[str]
+    journal: Journal, terms: Terms, *, run: str, members: Sequence[str], base: str, survivors: Sequence[str]
 ) -> None:
     """Raises SecAggError where a base, or with fixed survivors a run, was answered for other survivors."""
     for fact in (f for f in journal.facts() if f["fact"] == "answered"):
         others = sorted(fact["survivors"]) != sorted(survivors)
         repeats = fact["base"] == base and not (terms.allow_repeat and fact["run"] != run)
         if repeats and others:
-            raise SecAggError(DENIED, "this base was answered for other survivors: the two sums would tell them apart")
-        fixed = terms.fixed_survivors and fact["run"] == run and fact["group"] == group
+            raise SecAggError(
+                DENIED,
+                "this base was answered for other survivors: the two sums would tell them apart; another seed gives "
+                "another base",
+            )
+        fixed = terms.fixed_survivors and fact["run"] == run and fact["members"] == list(members)
         if fixed and others:
             raise SecAggError(DENIED, "this run was answered for other survivors, and the site allows one set a run")
 
 
 def require_few_draws(journal: Journal, terms: Terms) -> None:
-    """Raises SecAggError where groups were drawn too often since a round came of it."""
+    """Raises SecAggError where groups were drawn too often since a sum came of a draw."""
+    facts = journal.facts()
+    answered = {f["epoch"] for f in facts if f["fact"] == "answered"}
     in_a_row = 0
-    for fact in journal.facts():
-        came_of_it = fact["fact"] == "answered" and fact["drawn"]
-        in_a_row = in_a_row + 1 if fact["fact"] == "drew" else 0 if came_of_it else in_a_row
+    for fact in (f for f in facts if f["fact"] == "drew"):
+        in_a_row = 0 if fact["epoch"] in answered else in_a_row + 1
     if in_a_row >= terms.max_draws:
         raise SecAggError(DENIED, f"groups were drawn {in_a_row} times, and nothing came of it: no more draws")
 
 
 def require_few_groups(journal: Journal, terms: Terms, members: Sequence[str]) -> None:
     """Raises SecAggError where this drawn group would be one too many."""
-    known = {tuple(sorted(f["members"])) for f in journal.facts() if f["fact"] == "answered" and f["drawn"]}
-    if tuple(sorted(members)) not in known and len(known) >= terms.max_regroupings:
+    known = {tuple(f["members"]) for f in journal.facts() if f["fact"] == "masked" and f["drawn"]}
+    if tuple(members) not in known and len(known) >= terms.max_regroupings:
         raise SecAggError(
             DENIED, f"its updates were added up with {len(known)} drawn groups, the site allows {terms.max_regroupings}"
         )

@@ -20,8 +20,9 @@ from trellis.vectors import CountSpec, TensorSpec
 BITS = 62
 LEAST_EXPONENT = -30
 
-LOSS, CLIPPED = "train_loss", "num_clipped"
-"""Sums beside the splits': of the members' training losses, and how many of their updates were clipped."""
+LOSS, CLIPPED, FAILED = "train_loss", "num_clipped", "num_failed"
+"""Sums beside the splits': of the members' training losses, and how many of their updates were clipped, or are zeros
+because their app failed."""
 
 Word = npt.NDArray[np.uint64]
 
@@ -54,20 +55,28 @@ def size(fields: Sequence[CountField]) -> int:
 
 
 def encode(fields: Sequence[CountField], values: Mapping[str, Any]) -> Word:
-    """A node's counts as words.  Raises SecAggError("counts") where one is missing, or cannot be a count."""
+    """A node's counts as words; what is missing is 0.
+
+    Never refuses: a count above what is told, or not finite, is brought within 0 and `most`, since an error would tell
+    the server which rows a node has.
+    """
     words = np.zeros(size(fields), np.uint64)
     at = 0
     for field in fields:
         value = values.get(field.name)
-        if value is None or np.shape(value) != field.shape:
-            raise SecAggError("counts", f"{field.name} is missing, or has another shape than {field.shape}")
-        numbers = np.asarray(value, np.float64 if _floating(field) else None)
-        odd = not np.isfinite(numbers).all() or (numbers < 0).any() or (numbers > field.most * (1 + 1e-9)).any()
-        if odd:
-            raise SecAggError("counts", f"{field.name} is negative, not finite, or above {field.most:.4g}")
-        scaled = np.rint(np.ldexp(numbers, -field.exponent)) if _floating(field) else numbers
-        words[at : at + field.size] = scaled.astype(np.uint64).reshape(-1)
+        if value is not None and np.shape(value) == field.shape:
+            words[at : at + field.size] = _scaled(field, value).reshape(-1)
         at += field.size
+    return words
+
+
+def _scaled(field: CountField, value: Any) -> Word:
+    most = min(math.ldexp(field.most, -field.exponent), 2.0**BITS)
+    scaled: npt.NDArray[Any] = np.asarray(value, np.int64)
+    if _floating(field):
+        numbers = np.nan_to_num(np.asarray(value, np.float64), nan=field.most, posinf=field.most, neginf=0.0)
+        scaled = np.rint(np.ldexp(numbers, -field.exponent))
+    words: Word = np.clip(scaled, 0, int(most)).astype(np.uint64)
     return words
 
 

@@ -101,8 +101,19 @@ def evidence_in(entries: tuple[bytes, ...]) -> list[Evidence]:
     return found
 
 
-def judge(evidence: Evidence, roster: bytes, pins: Mapping[str, Member], num_keys: int) -> tuple[str, str]:
+def judge(
+    evidence: Evidence,
+    roster: bytes,
+    pins: Mapping[str, Member],
+    num_keys: int,
+    *,
+    keys_digest: bytes,
+    known: Mapping[str, bytes],
+) -> tuple[str, str]:
     """Who is to be removed, the dealer or the complainer, and why.
+
+    `keys_digest` is of all keys that were good, `known` are the digests of single members' keys: a statement beside
+    those convicts nobody.
 
     Raises SecAggError where a statement is not what it should be: then whoever put the evidence together is wrong.
     """
@@ -114,7 +125,10 @@ def judge(evidence: Evidence, roster: bytes, pins: Mapping[str, Member], num_key
     published = transcript.read(
         evidence.keys, "keys", pins[complainer].public_key, roster=roster.hex(), node=complainer
     )
-    dealt = transcript.read(evidence.shares, "shares", pins[dealer].public_key, roster=roster.hex(), node=dealer)
+    if known.get(complainer, evidence.keys.digest) != evidence.keys.digest:
+        raise SecAggError("bad_complaint", f"the keys of {complainer} are not those it published")
+    told = {"roster": roster.hex(), "node": dealer, "keys": keys_digest.hex()}
+    dealt = transcript.read(evidence.shares, "shares", pins[dealer].public_key, **told)
     signed = transcript.entry(dealt, "lists", complainer, HASH_BYTES)
     if signed != dealt_digest(evidence.ciphertext, evidence.hashes):
         raise SecAggError("bad_complaint", f"the complaint of {complainer} is not about what {dealer} signed")

@@ -34,6 +34,8 @@ class Epoch:
     stage: int = NEW
     keys_digest: bytes = b""
     """Of the statement of all members whose keys were good."""
+    keyed: list[str] = field(default_factory=list)
+    """They."""
     confirmed: bytes = b""
     """Digest of the set it signed last."""
     members: list[str] = field(default_factory=list)

@@ -37,9 +37,14 @@ def public_of(private: bytes) -> bytes:
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
 
 
+def coordinate(public: bytes) -> int:
+    """What X25519 reads of a public key: all but its highest bit, mod p."""
+    return (int.from_bytes(public, "little") & ((1 << 255) - 1)) % _P
+
+
 def is_weak(public: bytes) -> bool:
     """Whether a public key is of small order: whoever sends it knows the secret it ends in."""
-    return int.from_bytes(public, "little") & ((1 << 255) - 1) in _SMALL_ORDER
+    return coordinate(public) in _SMALL_ORDER
 
 
 def agree(private: bytes, public: bytes, label: str, *context: bytes | str | int) -> bytes:

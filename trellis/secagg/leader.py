@@ -6,15 +6,15 @@ does not check raises SecAggError and costs its sender its place in the epoch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from trellis import identity
 from trellis.errors import SecAggError
 from trellis.identity import Member as Pin
-from trellis.secagg import dealt, keys, member, roster, shamir, transcript
-from trellis.secagg.member import Published
+from trellis.secagg import dealt, keys, roster, shamir, statements, transcript
 from trellis.secagg.messages import AskConfirm, AskKeys, AskShares, Confirmation, Confirmed, Keys, Shares
+from trellis.secagg.statements import Published
 from trellis.secagg.transcript import Signed
 from trellis.types import Threat
 
@@ -84,11 +84,12 @@ class Leader:
 
     def take_keys(self, name: str, reply: Keys) -> None:
         """One member's keys.  Raises SecAggError."""
+        self._require_member(name, self.asked.names)
         signed = Signed(reply.payload, reply.signature)
-        found = member.read_keys(
+        found = statements.read_keys(
             signed, self.pins[name], self.asked.roster, roster.peers(self.asked)[name], self.asked.num_keys
         )
-        member.require_distinct({**self.published, name: found})
+        statements.require_distinct({**self.published, name: found})
         self.statements[name], self.published[name] = signed, found
 
     def ask_shares(self) -> dict[str, AskShares]:
@@ -101,14 +102,14 @@ class Leader:
         questions = {}
         for name in names:
             peers = sorted({*everyone[name], name} & set(names))
-            statements = [self.statements[peer] for peer in peers]
+            told = [self.statements[peer] for peer in peers]
             questions[name] = AskShares(
                 epoch=self.asked.epoch,
                 names=tuple(names),
                 digests=digests,
                 peers=tuple(peers),
-                payloads=tuple(s.payload for s in statements),
-                signatures=tuple(s.signature for s in statements),
+                payloads=tuple(s.payload for s in told),
+                signatures=tuple(s.signature for s in told),
             )
         return questions
 
@@ -117,6 +118,7 @@ class Leader:
     def take_shares(self, name: str, reply: Shares) -> None:
         """What one member deals.  Raises SecAggError."""
         asked = self.asked
+        self._require_member(name, self.statements)
         signed = Signed(reply.payload, reply.signature)
         fields = transcript.read(
             signed,
@@ -148,7 +150,7 @@ class Leader:
             return {}
         self.confirmed.clear()
         digests = tuple(
-            member.both_digest(self.statements[name].digest, Signed(self.shares[name].payload, b"").digest)
+            statements.both_digest(self.statements[name].digest, Signed(self.shares[name].payload, b"").digest)
             for name in names
         )
         everyone = roster.peers(self.asked)
@@ -174,6 +176,7 @@ class Leader:
 
     def take_confirmed(self, name: str, reply: Confirmed) -> None:
         """A signature over the set, or complaints that are looked into.  Raises SecAggError for what is neither."""
+        self._require_member(name, self.shares)
         if reply.complaints:
             self._look_into(name, reply.complaints)
             return
@@ -199,7 +202,15 @@ class Leader:
                 ciphertext=shares.ciphertexts[at],
                 hashes=shares.hashes[at],
             )
-            guilty, why = dealt.judge(found, self.asked.roster, self.pins, self.asked.num_keys)
+            known = {name: signed.digest for name, signed in self.statements.items()}
+            guilty, why = dealt.judge(
+                found,
+                self.asked.roster,
+                self.pins,
+                self.asked.num_keys,
+                keys_digest=self._keys_digest(),
+                known=known,
+            )
             self.evidence.append(found)
             self.removed.setdefault(guilty, why)
 
@@ -212,7 +223,7 @@ class Leader:
     def set_digest(self) -> bytes:
         """What members sign."""
         digests = [
-            member.both_digest(self.statements[name].digest, Signed(self.shares[name].payload, b"").digest)
+            statements.both_digest(self.statements[name].digest, Signed(self.shares[name].payload, b"").digest)
             for name in self.members
         ]
         return transcript.set_digest(self.asked.roster, self.members, digests)
@@ -243,6 +254,10 @@ class Leader:
         return found
 
     # ------------------------------------------------------------ inside
+
+    def _require_member(self, name: str, among: Collection[str]) -> None:
+        if name not in among or name not in self.pins:
+            raise SecAggError("unknown_node", f"{name[:60]} has no part in this step")
 
     def _enough(self, names: Sequence[str]) -> bool:
         return len(names) >= self.asked.quorum

@@ -7,22 +7,33 @@ says so (`SecAggError`) and reveals nothing; what was told already it tells agai
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from trellis import identity
 from trellis.errors import SecAggError
 from trellis.identity import IdentityKey
 from trellis.identity import Member as Pin
-from trellis.secagg import consent, dealt, epoch, keys, messages, prg, roster, shamir, tolerance, transcript
+from trellis.secagg import (
+    consent,
+    dealt,
+    draws,
+    epoch,
+    graph,
+    keys,
+    messages,
+    prg,
+    roster,
+    shamir,
+    statements,
+    tolerance,
+    transcript,
+)
 from trellis.secagg.consent import DENIED, Journal, Terms
+from trellis.secagg.draws import Draw
 from trellis.secagg.epoch import Epoch
 from trellis.secagg.messages import (
     AskConfirm,
@@ -44,26 +55,9 @@ from trellis.secagg.messages import (
     Survivors,
     Unmasked,
 )
+from trellis.secagg.statements import COUNTS, UPDATE, Published, Words
 from trellis.secagg.transcript import Signed
-from trellis.types import Request, Threat
-
-Words = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
-
-UPDATE, COUNTS = 0, 1
-"""Parts of a keystream: what masks the update, and what masks the counts."""
-
-
-@dataclass(slots=True)
-class Draw:
-    """A number this member has committed itself to, for groups to be drawn."""
-
-    run: str
-    epoch: str
-    names: list[str]
-    group_size: int
-    number: bytes
-    commits: bytes = b""
-    """Digest of the commitments that it revealed its number to."""
+from trellis.types import Masking, Request, Threat
 
 
 @dataclass(slots=True)
@@ -118,13 +112,15 @@ class Member:
             self.draw.group_size,
         )
         if not again:
+            if not 1 <= asked.group_size <= len(asked.names):
+                raise SecAggError(DENIED, f"groups of {asked.group_size} among {len(asked.names)} members")
             if asked.names != roster.pool(self.name, {**self.pins, self.name: self._pin(self.name)}):
                 raise SecAggError(DENIED, "groups are drawn among all members that are pinned, and no others")
             consent.require_few_draws(self.journal, self.terms)
             self.journal.add({"fact": "drew", "run": asked.run, "epoch": asked.epoch})
             self.draw = Draw(asked.run, asked.epoch, list(asked.names), asked.group_size, self.random_bytes(32))
         assert self.draw is not None
-        commitment = _commitment(self.draw.run, self.draw.epoch, self.name, self.draw.number)
+        commitment = draws.commitment(self.draw.run, self.draw.epoch, self.name, self.draw.number)
         fields = {
             "run": asked.run,
             "epoch": asked.epoch,
@@ -144,11 +140,11 @@ class Member:
         if not set(commits) <= set(draw.names):
             raise SecAggError(DENIED, "a commitment of somebody who takes no part in the draw")
         for name, commit in commits.items():
-            _committed(self._pin(name), draw, commit)
+            draws.committed(self._pin(name), draw, commit)
         own = transcript.parsed(commits[self.name].payload, "commit") if self.name in commits else {}
-        if own.get("commitment") != _commitment(draw.run, draw.epoch, self.name, draw.number).hex():
+        if own.get("commitment") != draws.commitment(draw.run, draw.epoch, self.name, draw.number).hex():
             raise SecAggError(DENIED, "its own commitment is not among them")
-        listed = commits_digest(commits)
+        listed = draws.commits_digest(commits)
         if draw.commits not in (b"", listed):
             raise SecAggError(DENIED, "its number was revealed to other commitments")
         draw.commits = listed
@@ -166,14 +162,14 @@ class Member:
             raise SecAggError("wrong_records", "a draw needs four entries a member")
         entries = {name: asked.draw[4 * i : 4 * i + 4] for i, name in enumerate(asked.drawn_names)}
         commits = {name: Signed(e[0], e[1]) for name, e in entries.items()}
-        if self.name not in entries or commits_digest(commits) != draw.commits:
+        if self.name not in entries or draws.commits_digest(commits) != draw.commits:
             raise SecAggError(DENIED, "the commitments are not those it revealed its number to")
         withheld = [name for name, e in entries.items() if not e[2]]
         missing = sorted(set(draw.names) - set(entries)) + withheld
         if missing and asked.threat == Threat.malicious_server:
             raise SecAggError(DENIED, f"{len(missing)} members have no number in the draw: it is void")
         numbers = {
-            name: number_in(self._pin(name), draw, Signed(e[2], e[3]), commits[name])
+            name: draws.number_in(self._pin(name), draw, Signed(e[2], e[3]), commits[name])
             for name, e in entries.items()
             if e[2]
         }
@@ -203,7 +199,7 @@ class Member:
             "node": self.name,
             "transport": {name: public.hex() for name, (_, public) in transport.items()},
             "mask": [public.hex() for _, public in mask],
-            "seeds": [seed_hash(asked.roster, self.name, i, seed).hex() for i, seed in enumerate(seeds)],
+            "seeds": [statements.seed_hash(asked.roster, self.name, i, seed).hex() for i, seed in enumerate(seeds)],
         }
         signed = transcript.sign(self.key, "keys", fields)
         self.epoch = Epoch(
@@ -237,28 +233,41 @@ class Member:
                 DENIED, f"the group has {len(names)} members and is not the whole group of {len(group)} it must be"
             )
         known = [(self._pin(name).organisation, identity.fingerprint(self._pin(name).public_key)) for name in names]
-        if known != list(zip(asked.organisations, asked.fingerprints, strict=False)) or len(known) != len(names):
+        claimed = [*zip(asked.organisations, asked.fingerprints, strict=False)]
+        whole = len(asked.organisations) == len(asked.fingerprints) == len(names)
+        if known != claimed or not whole:
             raise SecAggError(DENIED, "a member's key or organisation is not the one that is pinned")
+        if not asked.drawn_names and asked.group != self._pin(self.name).group:
+            raise SecAggError(DENIED, f"the group is called {asked.group[:40]!r}, not as it is pinned")
         threat = self._threat(asked.threat)
         least = tolerance.least_threshold(threat, len(names))
-        sparse = asked.num_neighbours > 0
-        if sparse and threat is Threat.malicious_server:
-            raise SecAggError(DENIED, "threat=malicious_server needs a group whose members all share with each other")
-        sharing = asked.num_neighbours if sparse else len(names)
-        least_shares = tolerance.least_threshold(threat, sharing)
-        if not least <= asked.quorum <= len(names) or not least_shares <= asked.threshold <= sharing:
+        if not least <= asked.quorum <= len(names):
             raise SecAggError(
-                DENIED,
-                f"quorum {asked.quorum} and threshold {asked.threshold}: {len(names)} members under {threat} need "
-                f"{least} at least",
+                DENIED, f"quorum {asked.quorum}: {len(names)} members under {threat} need {least} at least"
             )
-        if not sparse and asked.threshold != asked.quorum:
-            raise SecAggError(DENIED, "quorum and threshold differ where all members share with each other")
+        self._require_neighbours(asked, threat)
         self._require_organisations(names)
         if roster.crowded(names, self.pins) > terms.max_per_organisation:
             raise SecAggError(DENIED, f"more than {terms.max_per_organisation} members of one organisation in a group")
         if not 1 <= asked.num_keys <= terms.max_keys:
             raise SecAggError(DENIED, f"{asked.num_keys} keys for an epoch, the site allows {terms.max_keys}")
+
+    def _require_neighbours(self, asked: AskKeys, threat: Threat) -> None:
+        """Enough of them, and enough shares to give a secret back.  Raises SecAggError."""
+        n, k = len(asked.names), asked.num_neighbours
+        if k == 0:
+            if asked.threshold != asked.quorum:
+                raise SecAggError(DENIED, "quorum and threshold differ where all members share with each other")
+            return
+        if threat is Threat.malicious_server:
+            raise SecAggError(DENIED, "threat=malicious_server needs a group whose members all share with each other")
+        found = graph.degree(n, colluding=self.terms.colluding, dropping=self.terms.dropping)
+        if found is None or not found[0] <= k < n - 1:
+            needed = "all others" if found is None else f"{found[0]} at least"
+            raise SecAggError(DENIED, f"{k} neighbours among {n} members: {needed} are needed")
+        # + 1: for odd n and k one member has a neighbour more
+        if not tolerance.least_threshold(threat, k + 1) <= asked.threshold <= k:
+            raise SecAggError(DENIED, f"threshold {asked.threshold} among {k} neighbours")
 
     def _threat(self, asked: str) -> Threat:
         try:
@@ -280,20 +289,23 @@ class Member:
         e = self._at(asked.epoch, epoch.KEYS)
         everyone = self._members(asked.names, asked.digests, e)
         self._require_enough(asked.names, e)
-        statements = messages.signed_by(asked.peers, asked.payloads, asked.signatures)
+        told = messages.signed_by(asked.peers, asked.payloads, asked.signatures)
         expected = sorted({*e.peers, self.name} & set(asked.names))
-        if sorted(statements) != expected:
+        if sorted(told) != expected:
             raise SecAggError(DENIED, "the keys are not those of its peers and itself")
         published: dict[str, Published] = {}
-        for name, signed in statements.items():
+        for name, signed in told.items():
             if everyone[name] != signed.digest:
                 raise SecAggError(DENIED, f"two statements of {name} about its keys")
-            published[name] = read_keys(signed, self._pin(name), e.roster, self._peers_of(name, e), e.num_keys)
-        if statements[self.name].digest != e.statements[self.name]:
+            published[name] = statements.read_keys(
+                signed, self._pin(name), e.roster, self._peers_of(name, e), e.num_keys
+            )
+        if told[self.name].digest != e.statements[self.name]:
             raise SecAggError(DENIED, "its own keys were replaced")
-        require_distinct(published)
+        statements.require_distinct(published)
         e.keys_digest = transcript.set_digest(e.roster, asked.names, asked.digests)
-        e.statements = {name: signed.digest for name, signed in statements.items()}
+        e.keyed = list(asked.names)
+        e.statements = {name: signed.digest for name, signed in told.items()}
         e.mask_keys = {name: b"".join(p.mask) for name, p in published.items() if name != self.name}
         reply = self._dealt(e, published)
         e.stage = epoch.SHARES
@@ -302,8 +314,10 @@ class Member:
     def _dealt(self, e: Epoch, published: Mapping[str, Published]) -> Shares:
         own = self.name in self._holders_of(self.name, e)
         holders = [name for name in sorted(published) if own or name != self.name]
+        if len(holders) < e.threshold:
+            raise SecAggError(DENIED, f"{len(holders)} members would have shares, {e.threshold} are needed")
         at = roster.points(e.names)
-        by_holder = split_secrets(e.seeds, e.mask_secrets, [at[name] for name in holders], e.threshold)
+        by_holder = statements.split_secrets(e.seeds, e.mask_secrets, [at[name] for name in holders], e.threshold)
         if own:
             e.shares = {self.name: by_holder[holders.index(self.name)]}
         ephemeral, lists, sealed, hashes = {}, {}, [], []
@@ -331,13 +345,15 @@ class Member:
         e = self._at(asked.epoch, epoch.SHARES, epoch.CONFIRMED)
         everyone = self._members(asked.names, asked.digests, e)
         self._require_enough(asked.names, e)
-        statements = messages.signed_by(asked.dealers, asked.payloads, asked.signatures)
+        told = messages.signed_by(asked.dealers, asked.payloads, asked.signatures)
         expected = sorted(({*e.peers} & set(asked.names) & set(e.statements)) - {self.name})
-        if sorted(statements) != expected or not len(asked.dealers) == len(asked.ciphertexts) == len(asked.hashes):
+        if not set(asked.names) <= set(e.keyed):
+            raise SecAggError(DENIED, "a member of the set has no keys that were good")
+        if sorted(told) != expected or not len(asked.dealers) == len(asked.ciphertexts) == len(asked.hashes):
             raise SecAggError(DENIED, "what is there is not of every peer in the set")
         if e.stage == epoch.CONFIRMED:
             self._require_justified(e, asked)
-        complaints = self._opened(e, asked, statements, everyone)
+        complaints = self._opened(e, asked, told, everyone)
         if complaints:
             return Confirmed(b"", b"", tuple(part for c in complaints for part in (c.payload, c.signature)))
         e.confirmed = transcript.set_digest(e.roster, asked.names, asked.digests)
@@ -347,13 +363,13 @@ class Member:
         return Confirmed(signed.payload, signed.signature)
 
     def _opened(
-        self, e: Epoch, asked: AskConfirm, statements: Mapping[str, Signed], everyone: Mapping[str, bytes]
+        self, e: Epoch, asked: AskConfirm, told: Mapping[str, Signed], everyone: Mapping[str, bytes]
     ) -> list[Signed]:
         """Take what was dealt, or complain.  What the server tampered with is its fault, and nothing is revealed."""
         complaints = []
         for name, ciphertext, hashes in zip(asked.dealers, asked.ciphertexts, asked.hashes, strict=True):
-            signed = statements[name]
-            if everyone[name] != both_digest(e.statements[name], signed.digest):
+            signed = told[name]
+            if everyone[name] != statements.both_digest(e.statements[name], signed.digest):
                 raise SecAggError(DENIED, f"two statements of {name} about what it dealt")
             fields = transcript.read(
                 signed, "shares", self._pin(name).public_key, roster=e.roster.hex(), node=name, keys=e.keys_digest.hex()
@@ -383,7 +399,10 @@ class Member:
     def _require_justified(self, e: Epoch, asked: AskConfirm) -> None:
         """A member that has signed a set signs a smaller one only where complaints prove each one's guilt."""
         pins = {name: self._pin(name) for name in e.names}
-        guilty = {dealt.judge(found, e.roster, pins, e.num_keys)[0] for found in dealt.evidence_in(asked.evidence)}
+        guilty = {
+            dealt.judge(found, e.roster, pins, e.num_keys, keys_digest=e.keys_digest, known=e.statements)[0]
+            for found in dealt.evidence_in(asked.evidence)
+        }
         gone = set(e.members) - set(asked.names)
         if not set(asked.names) <= set(e.members) or not gone <= guilty:
             raise SecAggError(DENIED, f"{len(gone - guilty)} members are missing without a proven complaint")
@@ -391,10 +410,14 @@ class Member:
     # ------------------------------------------------------------ a round
 
     def require_maskable(self, request: Request, confirmation: Confirmation) -> None:
-        """Every check of a request, before anything is trained for it.  Raises SecAggError."""
+        """Every check of a request, before anything is trained for it.  Raises SecAggError.
+
+        What is in the node's rows decides nothing here, nor after: a refusal would tell something of them.
+        """
         masking, index = request.masking, request.key_index
-        e = self._at(masking.epoch if masking else "", epoch.CONFIRMED)
-        assert masking is not None
+        if masking is None:
+            raise SecAggError(DENIED, "the request asks for no masking")
+        e = self._at(masking.epoch, epoch.CONFIRMED)
         if index is None or not 0 <= index < e.num_keys or index in e.masked:
             raise SecAggError(DENIED, f"key index {index} is none of {e.num_keys} that are unused")
         told = (masking.group, masking.roster, masking.confirmed, list(masking.members), masking.quorum, request.run)
@@ -402,9 +425,22 @@ class Member:
             raise SecAggError(DENIED, "the request is not about the set of members that this node confirmed")
         if self.name not in request.members:
             raise SecAggError(DENIED, "the request is not for this node")
-        self._require_enough(e.members, e, weights_of(request))
+        if len(masking.weights) != len(masking.members):
+            raise SecAggError(DENIED, "every member must have a weight")
+        consent.require_weights(self.terms, masking)
+        self._require_enough(e.members, e, weights_of(masking))
         self._require_certified(e, confirmation)
-        consent.require_unused(self.journal, e.epoch, index)
+        consent.require_new(
+            self.journal,
+            self.terms,
+            run=e.run,
+            epoch=e.epoch,
+            index=index,
+            base=consent.base_of(request),
+            members=e.names,
+            drawn=e.drawn,
+            settings=consent.settings_of(masking),
+        )
         if e.drawn:
             consent.require_few_groups(self.journal, self.terms, e.names)
 
@@ -414,30 +450,45 @@ class Member:
         The key index is used up before anything leaves.  Raises SecAggError.
         """
         self.require_maskable(request, confirmation)
-        e, index = self._at(request.masking.epoch if request.masking else "", epoch.CONFIRMED), request.key_index
-        assert index is not None
-        base, asked = consent.base_of(request), request.digest
+        masking, index = request.masking, request.key_index
+        assert masking is not None and index is not None  # noqa: PT018
+        e, base, asked = self._at(masking.epoch, epoch.CONFIRMED), consent.base_of(request), request.digest
         # an older question about the same base is never answered now
         for old in [i for i, (_, about) in e.open.items() if about == base]:
             self._close(e, int(old))
-        self.journal.add({"fact": "masked", "run": e.run, "epoch": e.epoch, "index": index, "request": asked})
+        self.journal.add(
+            {
+                "fact": "masked",
+                "run": e.run,
+                "epoch": e.epoch,
+                "index": index,
+                "purpose": request.purpose,
+                "base": base,
+                "members": e.names,
+                "drawn": e.drawn,
+                "settings": consent.settings_of(masking),
+            }
+        )
+        e.asked, e.answer = b"", b""  # what was told of the round before is told no more
         masks = self._masks(e, index, asked)
         prg.add_masks(update, masks, region=UPDATE)
         prg.add_masks(counts, masks, region=COUNTS)
         e.masked.append(index)
         e.open[str(index)] = [asked, base]
-        e.weights[str(index)] = weights_of(request)
+        e.weights[str(index)] = weights_of(masking)
         e.mask_secrets = epoch.erased(e.mask_secrets, index, keys.KEY_BYTES)
         e.seeds = epoch.erased(e.seeds, index, keys.KEY_BYTES)
-        return transcript.sign(self.key, "masked", masked_fields(e.roster, index, asked, self.name, update, counts))
+        return transcript.sign(
+            self.key, "masked", statements.masked_fields(e.roster, index, asked, self.name, update, counts)
+        )
 
     def _masks(self, e: Epoch, index: int, request: str) -> list[tuple[bytes, int]]:
         """Its own mask, and one in common with every peer of the set: the greater name takes it away."""
         at = slice(index * keys.KEY_BYTES, (index + 1) * keys.KEY_BYTES)
         private = e.mask_secrets[at]
-        masks = [(self_mask(e.roster, index, request, self.name, e.seeds[at]), 1)]
+        masks = [(statements.self_mask(e.roster, index, request, self.name, e.seeds[at]), 1)]
         for peer in sorted(set(e.mask_keys) & set(e.members)):
-            key = pair_mask(e.roster, index, request, self.name, peer, private, e.mask_keys[peer][at])
+            key = statements.pair_mask(e.roster, index, request, self.name, peer, private, e.mask_keys[peer][at])
             masks.append((key, 1 if self.name < peer else -1))
         return masks
 
@@ -445,7 +496,7 @@ class Member:
         """Its signature over the survivors of a request: over one set only."""
         e = self._at(asked.epoch, epoch.CONFIRMED)
         self._require_survivors(e, asked.key_index, asked.request, asked.survivors)
-        found = survivors_digest(e.roster, asked.key_index, asked.request, asked.survivors)
+        found = statements.survivors_digest(e.roster, asked.key_index, asked.request, asked.survivors)
         if e.signed.setdefault(str(asked.key_index), found.hex()) != found.hex():
             raise SecAggError(DENIED, "it has confirmed other survivors of this request")
         signed = transcript.sign(self.key, "survivors", {"roster": e.roster.hex(), "survivors": found.hex()})
@@ -459,13 +510,13 @@ class Member:
             self._require_agreed(e, asked)
         base = e.open[str(asked.key_index)][1]
         consent.require_same_survivors(
-            self.journal, self.terms, run=e.run, group=e.group, base=base, survivors=asked.survivors
+            self.journal, self.terms, run=e.run, members=e.names, base=base, survivors=asked.survivors
         )
         self.journal.add(
             {
                 "fact": "answered",
                 "run": e.run,
-                "group": e.group,
+                "epoch": e.epoch,
                 "base": base,
                 "survivors": list(asked.survivors),
                 "members": e.names,
@@ -474,7 +525,9 @@ class Member:
         )
         dealers = sorted(set(e.shares) & set(e.members))
         alive = set(asked.survivors)
-        shares = [share_at(e.shares[d], asked.key_index, dealt.SEED if d in alive else dealt.KEY) for d in dealers]
+        shares = [
+            statements.share_at(e.shares[d], asked.key_index, dealt.SEED if d in alive else dealt.KEY) for d in dealers
+        ]
         self._close(e, asked.key_index)
         return Unmasked(tuple(dealers), tuple(shares))
 
@@ -489,7 +542,7 @@ class Member:
 
     def _require_agreed(self, e: Epoch, asked: AskUnmask) -> None:
         """Enough survivors have signed that these are the survivors."""
-        found = survivors_digest(e.roster, asked.key_index, asked.request, asked.survivors)
+        found = statements.survivors_digest(e.roster, asked.key_index, asked.request, asked.survivors)
         if e.signed.get(str(asked.key_index), found.hex()) != found.hex():
             raise SecAggError(DENIED, "it has confirmed other survivors of this request")
         signatures = messages.signed_by(asked.signers, asked.payloads, asked.signatures)
@@ -571,106 +624,9 @@ class Member:
         e.shares = {name: epoch.erased(shares, index, size) for name, shares in e.shares.items()}
 
 
-# ---------------------------------------------------------------- shared with the server's half
-
-
-def seed_hash(roster_digest: bytes, name: str, index: int, seed: bytes) -> bytes:
-    """What a member publishes of a self-mask seed."""
-    return transcript.digest("seed", roster_digest, name, index, seed)
-
-
-def weights_of(request: Request) -> dict[str, int]:
-    """The members' weights in a request.  Raises SecAggError where there are not as many."""
-    masking = request.masking
-    if masking is None or len(masking.weights) != len(masking.members):
-        raise SecAggError(DENIED, "every member must have a weight")
-    # updates alone are weighed
-    return dict(zip(masking.members, masking.weights, strict=True)) if request.purpose == "train" else {}
-
-
-def self_mask(roster_digest: bytes, index: int, request: str, name: str, seed: bytes) -> bytes:
-    """Key of a member's own mask."""
-    return keys.derive(seed, "self mask", roster_digest, index, request, name)
-
-
-def pair_mask(
-    roster_digest: bytes, index: int, request: str, name: str, other: str, private: bytes, public: bytes
-) -> bytes:
-    """Key of the mask that two members have in common, from the private key of either and the other's public one."""
-    low, high = sorted((name, other))
-    return keys.agree(private, public, "pair mask", roster_digest, index, request, low, high)
-
-
-def survivors_digest(roster_digest: bytes, index: int, request: str, survivors: Sequence[str]) -> bytes:
-    return transcript.digest("survivors", roster_digest, index, request, *survivors)
-
-
-def both_digest(keys_statement: bytes, shares_statement: bytes) -> bytes:
-    """A member's two statements as one."""
-    return transcript.digest("member", keys_statement, shares_statement)
-
-
-def masked_fields(
-    roster_digest: bytes, index: int, request: str, name: str, update: Words, counts: Words
-) -> dict[str, str | int]:
-    """What a member signs of its masked vectors."""
-    return {
-        "roster": roster_digest.hex(),
-        "index": index,
-        "request": request,
-        "node": name,
-        "update": hashlib.sha256(update.data).hexdigest(),
-        "counts": hashlib.sha256(counts.data).hexdigest(),
-    }
-
-
-def split_secrets(seeds: bytes, mask_secrets: bytes, points: Sequence[int], threshold: int) -> list[bytes]:
-    """Shares of all secrets of an epoch, by holder: for every key index one of the seed and one of the mask key."""
-    rows: list[list[bytes]] = [[] for _ in points]
-    for at in range(0, len(seeds), keys.KEY_BYTES):
-        for secret in (seeds[at : at + keys.KEY_BYTES], mask_secrets[at : at + keys.KEY_BYTES]):
-            for row, share in zip(rows, shamir.split(secret, points, threshold), strict=True):
-                row.append(share)
-    return [b"".join(row) for row in rows]
-
-
-def share_at(shares: bytes, index: int, secret: int) -> bytes:
-    """One share of those that a dealer has for a holder."""
-    at = (2 * index + secret) * shamir.SHARE_BYTES
-    return shares[at : at + shamir.SHARE_BYTES]
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """A member's public keys of an epoch: one to encrypt to it for each peer, and by key index one for masks and the
-    hash of its self-mask seed."""
-
-    transport: Mapping[str, bytes]
-    mask: Sequence[bytes]
-    seeds: Sequence[bytes]
-
-
-def read_keys(signed: Signed, pin: Pin, roster_digest: bytes, peers: Iterable[str], num_keys: int) -> Published:
-    """A member's published keys.  Raises SecAggError where one is missing, of small order, or there twice."""
-    fields = transcript.read(signed, "keys", pin.public_key, roster=roster_digest.hex(), node=pin.name)
-    transport = transcript.hex_map(fields.get("transport"), keys.KEY_BYTES, peers)
-    mask = transcript.hex_list(fields.get("mask"), keys.KEY_BYTES, num_keys)
-    seeds = transcript.hex_list(fields.get("seeds"), transcript.DIGEST_BYTES, num_keys)
-    every = [*transport.values(), *mask]
-    if any(keys.is_weak(public) for public in every):
-        raise SecAggError("bad_key", f"a public key of {pin.name} is of small order")
-    if len(set(every)) < len(every):
-        raise SecAggError("bad_key", f"a public key of {pin.name} stands there twice")
-    return Published(transport, mask, seeds)
-
-
-def require_distinct(published: Mapping[str, Published]) -> None:
-    """Raises SecAggError("bad_key") where two members publish one key."""
-    seen: dict[bytes, str] = {}
-    for name, found in sorted(published.items()):
-        for public in (*found.mask, *found.transport.values()):
-            if seen.setdefault(public, name) != name:
-                raise SecAggError("bad_key", f"{name} and {seen[public]} publish one key")
+def weights_of(masking: Masking) -> dict[str, int]:
+    """The members' weights in a sum; none where all are the same."""
+    return dict(zip(masking.members, masking.weights, strict=True)) if len(set(masking.weights)) > 1 else {}
 
 
 # ---------------------------------------------------------------- the last answer
@@ -706,34 +662,3 @@ def _unpacked(data: bytes) -> messages.Fields:
 
 def _reply_to(question: Stage) -> type[Stage]:
     return next(kind for kind in messages.REPLIES if kind.stage == question.stage)
-
-
-# ---------------------------------------------------------------- draws
-
-
-def _commitment(run: str, draw: str, name: str, number: bytes) -> bytes:
-    return transcript.digest("commit", run, draw, name, number)
-
-
-def commits_digest(commits: Mapping[str, Signed]) -> bytes:
-    """Of all commitments of a draw: what a number is revealed to."""
-    parts = [part for name in sorted(commits) for part in (name, commits[name].digest)]
-    return transcript.digest("commits", *parts)
-
-
-def _committed(pin: Pin, draw: Draw, commit: Signed) -> dict[str, object]:
-    """A member's commitment to this very draw."""
-    about = {"run": draw.run, "epoch": draw.epoch, "group_size": draw.group_size, "node": pin.name}
-    return transcript.read(commit, "commit", pin.public_key, **about)
-
-
-def number_in(pin: Pin, draw: Draw, reveal: Signed, commit: Signed) -> bytes:
-    """A member's number, signed, and the one it was committed to."""
-    said = _committed(pin, draw, commit)
-    fields = transcript.read(
-        reveal, "reveal", pin.public_key, epoch=draw.epoch, node=pin.name, commits=draw.commits.hex()
-    )
-    number = transcript.hex_bytes(fields.get("number"), 32)
-    if said.get("commitment") != _commitment(draw.run, draw.epoch, pin.name, number).hex():
-        raise SecAggError("bad_key", f"{pin.name} revealed another number than it was committed to")
-    return number

@@ -17,10 +17,10 @@ import numpy.typing as npt
 
 from trellis.errors import SecAggError
 from trellis.identity import Member as Pin
-from trellis.secagg import dealt, keys, member, prg, roster, shamir, transcript
+from trellis.secagg import dealt, keys, prg, roster, shamir, statements, transcript
 from trellis.secagg.leader import Dealer, Leader
-from trellis.secagg.member import COUNTS, UPDATE
 from trellis.secagg.messages import AskSurvivors, AskUnmask, Survivors, Unmasked
+from trellis.secagg.statements import COUNTS, UPDATE
 from trellis.secagg.transcript import Signed
 from trellis.types import Request, Threat
 
@@ -96,7 +96,12 @@ class Tally:
         f = self.facts
         if name not in f.members:
             raise SecAggError("unknown_node", f"{name} is not among the members whose masks are in the sum")
-        said = member.masked_fields(f.roster, f.index, f.request, name, update, counts)
+        if name in self.survivors:
+            raise SecAggError("duplicate", f"{name} has sent its vectors already")
+        for total, words in ((self.update, update), (self.counts, counts)):
+            if words.shape != total.shape or words.dtype != total.dtype:
+                raise SecAggError("wrong_shape", f"{words.shape} words of {words.dtype}, {total.shape} are needed")
+        said = statements.masked_fields(f.roster, f.index, f.request, name, update, counts)
         transcript.read(signed, "masked", self.pins[name].public_key, **said)
         with np.errstate(over="ignore"):
             np.add(self.update, update, out=self.update)
@@ -117,7 +122,8 @@ class Tally:
     def take_survivors(self, name: str, reply: Survivors) -> None:
         """One survivor's signature.  Raises SecAggError."""
         f = self.facts
-        found = member.survivors_digest(f.roster, f.index, f.request, self.survivors)
+        self._require_survivor(name)
+        found = statements.survivors_digest(f.roster, f.index, f.request, self.survivors)
         signed = Signed(reply.payload, reply.signature)
         told = {"roster": f.roster.hex(), "survivors": found.hex()}
         transcript.read(signed, "survivors", self.pins[name].public_key, **told)
@@ -146,6 +152,7 @@ class Tally:
     def take_shares(self, holder: str, reply: Unmasked) -> None:
         """One survivor's shares, each as its dealer signed it.  Raises SecAggError; then none of them counts."""
         f = self.facts
+        self._require_survivor(holder)
         expected = [dealer for dealer in f.members if holder in f.dealers[dealer].share_hashes]
         if list(reply.dealers) != expected or len(reply.shares) != len(expected):
             raise SecAggError("bad_share", f"{len(reply.shares)} shares, {len(expected)} are needed")
@@ -168,22 +175,28 @@ class Tally:
         Raises GroupLost: where shares are missing, or all are what a dealer signed and do not give its secret.
         """
         f = self.facts
+        if not self.has_quorum:
+            raise GroupLost(f"{len(self.survivors)} survivors, {f.quorum} are needed")
         short = [dealer for dealer in f.members if len(self.held.get(dealer, {})) < f.threshold]
         if short:
             raise GroupLost(f"too few shares of {', '.join(short[:5])}: {f.threshold} are needed")
         masks: Masks = []
         for name, secret in self._secrets().items():
             if self._kind(name) == dealt.SEED:
-                if member.seed_hash(f.roster, name, f.index, secret) != f.dealers[name].seed_hash:
+                if statements.seed_hash(f.roster, name, f.index, secret) != f.dealers[name].seed_hash:
                     raise GroupLost(f"the shares that {name} dealt do not give its seed", name)
-                masks.append((member.self_mask(f.roster, f.index, f.request, name, secret), -1))
+                masks.append((statements.self_mask(f.roster, f.index, f.request, name, secret), -1))
                 continue
             if keys.public_of(secret) != f.dealers[name].mask_key:
                 raise GroupLost(f"the shares that {name} dealt do not give its mask key", name)
             for other in self._peers(name) & set(self.survivors):
-                key = member.pair_mask(f.roster, f.index, f.request, name, other, secret, f.dealers[other].mask_key)
+                key = statements.pair_mask(f.roster, f.index, f.request, name, other, secret, f.dealers[other].mask_key)
                 masks.append((key, -1 if other < name else 1))
         return masks
+
+    def _require_survivor(self, name: str) -> None:
+        if name not in self.survivors:
+            raise SecAggError("unknown_node", f"{name[:60]} is not in the sum")
 
     def _secrets(self) -> dict[str, bytes]:
         """Seeds of survivors and mask keys of the others."""

@@ -37,7 +37,8 @@ def digest(label: str, *parts: bytes | str | int) -> bytes:
 def _bytes(part: bytes | str | int) -> bytes:
     if isinstance(part, bytes):
         return part
-    return part.encode() if isinstance(part, str) else struct.pack("<q", part)
+    # a stranger's text may hold what no encoding takes
+    return (part if isinstance(part, str) else str(part)).encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True, slots=True)
