@@ -30,7 +30,7 @@ from trellis import identity as keys
 from trellis.errors import ConfigError, PolicyRefusal, SecAggError, WireError
 from trellis.identity import IdentityKey
 from trellis.identity import Member as Pin
-from trellis.secagg import counts, draws, epoch, messages, quantise
+from trellis.secagg import counts, draws, epoch, messages, prg, quantise, transcript
 from trellis.secagg.consent import DENIED, Terms
 from trellis.secagg.member import Member
 from trellis.secagg.messages import AskDraw, AskKeys, AskReveal, Confirmation
@@ -159,7 +159,7 @@ def _update(
     moved = wire.REPLY in content.config_records
     delta = layout.flatten(_fitting(layout, sent)) if moved else layout.subtract(_fitting(layout, sent), base)
     # from the base, not from the round: the same update is rounded in the same way
-    rng = np.random.default_rng(canonical.seed_for(int(request.config.get("seed", 0)), "round", request.base, name))
+    rng = prg.Stream(transcript.digest("rounding", str(request.config.get("seed", 0)), request.base, name))
     weight = masking.weights[masking.members.index(name)]
     return quantise.quantise(
         delta,

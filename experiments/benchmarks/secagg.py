@@ -42,7 +42,7 @@ from strategies.exchange import door
 from strategies.exchange_secagg import SecAggExchange
 from strategies.grouping import Plan
 from trellis import canonical, identity, wire
-from trellis.secagg import leader, quantise, shamir
+from trellis.secagg import leader, prg, quantise, shamir, transcript
 from trellis.secagg.consent import Terms
 from trellis.secagg.leader import Leader
 from trellis.secagg.member import Member
@@ -173,7 +173,7 @@ def member_steps(num_neighbours: int, num_params: int, times: int, folder: Path)
     confirmation = led.confirmation(name)
 
     def step(request: Request) -> Signed:
-        rng = np.random.default_rng(request.round)
+        rng = prg.Stream(transcript.digest("rounding", request.round))  # as a node makes it
         words, _ = quantise.quantise(update_d, clip_norm=CLIP_NORM, weight=1, scale=scale, dtype="uint32", rng=rng)
         return members[name].mask(request, confirmation, words, np.zeros(2, np.uint64))
 

@@ -173,30 +173,31 @@ class Federation:
 
     # ------------------------------------------------------------ what must come out
 
-    def words(
-        self, name: str, num_members: int, *, round: int = 1, weight: int = 1, most: int = 1, bits: int = 32
-    ) -> Any:
+    def words(self, name: str, *, round: int = 1, weight: int = 1, scale: int | None = None, bits: int = 32) -> Any:
         """One node's update as it is before it is masked."""
         update = Layout.of(self.base).subtract(self.moved(name, round), self.base)
         rng = np.random.default_rng(canonical.seed_for(5, "round", digest(self.base), name))
-        scale = quantise.scale_for(num_members, CLIP, most, bits=bits)
-        options = {"clip_norm": CLIP, "weight": weight, "scale": scale, "dtype": f"uint{bits}", "rng": rng}
-        return quantise.quantise(update, **options)[0]  # type: ignore[arg-type]
+        scale = self.scale(name) if scale is None else scale
+        return quantise.quantise(
+            update, clip_norm=CLIP, weight=weight, scale=scale, dtype=np.dtype(f"uint{bits}"), rng=rng
+        )[0]
 
-    def plain_sum(self, names: Sequence[str], num_members: int, **options: Any) -> Any:
+    def scale(self, name: str) -> int:
+        """Of whole groups, whoever is missing."""
+        return quantise.scale_for(len(GROUPS[name[0]]), CLIP, 1)
+
+    def plain_sum(self, names: Sequence[str], **options: Any) -> Any:
         """The sum of their words in clear."""
+        words = [self.words(n, **options) for n in names]
         with np.errstate(over="ignore"):
-            return np.sum([self.words(n, num_members, **options) for n in names], axis=0, dtype=None).astype(
-                self.words(names[0], num_members, **options).dtype
-            )
+            return sum(words[1:], start=words[0])
 
-    def plain_mean(self, names: Sequence[str], num_members: int, *, round: int = 1) -> Any:
+    def plain_mean(self, names: Sequence[str], *, round: int = 1, scale: int | None = None) -> Any:
         """The row that a sum in clear would give, all weights 1."""
-        scale = quantise.scale_for(num_members, CLIP, 1)
-        most = quantise.largest_sum(len(names), CLIP, scale, len(names))
-        total = self.plain_sum(names, num_members, round=round)
-        options: dict[str, Any] = {"scale": scale, "total_weight": len(names), "num_members": len(names), "most": most}
-        return quantise.dequantise(total, **options)
+        scale, n = self.scale(names[0]) if scale is None else scale, len(names)
+        most = quantise.largest_sum(n, CLIP, scale, n)
+        total = self.plain_sum(names, round=round, scale=scale)
+        return quantise.dequantise(total, scale=scale, total_weight=n, num_members=n, most=most)
 
     # ------------------------------------------------------------ the nodes
 

@@ -25,7 +25,7 @@ from strategies.flower import RoundStrategy
 from strategies.grouping import Plan
 from trellis import identity, wire
 from trellis.errors import BaseSpent, ConfigError, ResumeError
-from trellis.secagg import counts, dealt, member, quantise
+from trellis.secagg import counts, dealt, member, quantise, statements
 from trellis.secagg.consent import Terms
 from trellis.types import Collected, Threat
 from trellis.vectors import CountSpec, Layout, digest
@@ -100,9 +100,8 @@ def test_a_row_is_the_plain_mean_of_a_groups_updates_within_the_stated_error(nod
     layout = Layout.of(BASE)
     for row in collected.rows:
         exact = np.mean([layout.subtract(nodes.moved(n), BASE) for n in row.members], axis=0, dtype=np.float64)
-        scale = quantise.scale_for(len(row.members), 10.0, 1)
-        assert np.abs(row.update_d - exact).max() <= 1 / scale + 1e-7
-        assert np.array_equal(row.update_d, nodes.plain_mean(row.members, len(row.members)))
+        assert np.abs(row.update_d - exact).max() <= 1 / nodes.scale(row.members[0]) + 1e-7
+        assert np.array_equal(row.update_d, nodes.plain_mean(row.members))
         assert row.weight == len(row.members)
 
 
@@ -119,14 +118,16 @@ def test_nothing_of_what_the_app_replies_leaves_in_clear(nodes: Federation) -> N
         assert b"accuracy" not in sent
         assert b"num-examples" not in sent
         assert nodes.moved(name)["w"].tobytes() not in sent
-        words = nodes.words(name, 4 if name in A else 3)
+        words = nodes.words(name)
         assert words[:2].tobytes() not in sent
 
 
 def test_an_evaluation_of_anyones_app_says_only_who_took_part(nodes: Federation) -> None:
     collected = nodes.collect(nodes.exchange(), purpose="evaluate")
     assert collected.rows == ()
-    assert [(g.name, g.survivors, dict(g.metrics)) for g in collected.groups or ()] == [("a", A, {}), ("b", B, {})]
+    assert [(g.name, g.survivors, dict(g.metrics)) for g in collected.groups or ()] == [
+        ("a", A, {"num_failed": 0.0}), ("b", B, {"num_failed": 0.0})
+    ]  # fmt: skip
     assert [u.node for u in collected.updates] == [*A, *B]
     assert all(u.metrics == {} and u.counts == {} and u.num_examples == 0 for u in collected.updates)
 
@@ -136,7 +137,7 @@ def test_keys_last_for_an_epoch_and_then_new_ones_are_made(nodes: Federation) ->
     stages = []
     for round_ in (1, 2, 3):
         collected = nodes.collect(exchange, round_)
-        assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A, 4, round=round_))
+        assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A, round=round_))
         stages.append(list(dict.fromkeys(stage for _, stage in nodes.asked)))
         nodes.base = {**nodes.base, "b": nodes.base["b"] + 1}
     assert stages == [[*OFFLINE, "request", "unmask"], ["request", "unmask"], [*OFFLINE, "request", "unmask"]]
@@ -145,27 +146,40 @@ def test_keys_last_for_an_epoch_and_then_new_ones_are_made(nodes: Federation) ->
 def test_a_malicious_server_is_asked_for_the_survivors_signatures(nodes: Federation) -> None:
     collected = nodes.collect(nodes.exchange(plan=MALICIOUS))
     assert list(dict.fromkeys(stage for _, stage in nodes.asked)) == [*OFFLINE, "request", "survivors", "unmask"]
-    assert np.array_equal(sums(collected)["b"], nodes.plain_mean(B, 3))
+    assert np.array_equal(sums(collected)["b"], nodes.plain_mean(B))
+
+
+WEIGHED = {"max_weight_ratio": 100}
+"""A site that lets rows be weighed."""
 
 
 def test_rows_that_were_registered_weigh_and_no_count_that_a_node_declares(sites: Sites, tmp_path: Path) -> None:
     rows = dict(zip(A, (10, 25, 60, 80), strict=True)) | dict.fromkeys(B, 7)
-    nodes = Federation(sites, tmp_path / "nodes", rows=rows, metrics={"num-examples": 10**9})
+    nodes = Federation(sites, tmp_path / "nodes", rows=rows, metrics={"num-examples": 10**9}, policy=WEIGHED)
     collected = nodes.collect(nodes.exchange(max_weight=100))
     weights = (12, 31, 75, 100)  # 100 * 10 / 80 = 12.5, and an even number is nearest
-    assert [row.weight for row in collected.rows] == [sum(weights), 300]
-    words = [nodes.words(n, 4, weight=w, most=100) for n, w in zip(A, weights, strict=True)]
-    total = sum(w.view(np.int32).astype(np.int64) for w in words)
-    expected = total / float(quantise.scale_for(4, 10.0, 100) * sum(weights))
+    assert [row.weight for row in collected.rows] == [sum(weights), 3 * 9]
+    scale = quantise.scale_for(4, 10.0, 100)
+    words = [nodes.words(n, weight=w, scale=scale) for n, w in zip(A, weights, strict=True)]
+    expected = sum(w.view(np.int32).astype(np.int64) for w in words) / float(scale * sum(weights))
     assert np.array_equal(sums(collected)["a"], expected.astype(np.float32))
     layout = Layout.of(BASE)
     exact = np.average([layout.subtract(nodes.moved(n), BASE) for n in A], axis=0, weights=weights)
-    assert np.abs(sums(collected)["a"] - exact).max() <= 4 / (quantise.scale_for(4, 10.0, 100) * sum(weights)) + 1e-7
+    assert np.abs(sums(collected)["a"] - exact).max() <= 4 / (scale * sum(weights)) + 1e-7
+
+
+def test_sites_let_nobody_be_weighed_unless_they_say_so(sites: Sites, tmp_path: Path) -> None:
+    rows = dict(zip(A, (10, 25, 60, 80), strict=True)) | dict.fromkeys(B, 80)
+    nodes = Federation(sites, tmp_path / "nodes", rows=rows)
+    collected = nodes.collect(nodes.exchange(max_weight=100))
+    assert [row.members for row in collected.rows] == [B]
+    told = {r.node: r.evidence for r in collected.refusals}
+    assert all("one update weighs 8.333 times another, the site allows 1" in told[n] for n in A)
 
 
 def test_who_has_most_of_the_rows_is_in_no_weighted_sum(sites: Sites, tmp_path: Path) -> None:
     rows = dict.fromkeys(A, 1) | {"a0": 1000} | dict.fromkeys(B, 7)
-    nodes = Federation(sites, tmp_path / "nodes", rows=rows)
+    nodes = Federation(sites, tmp_path / "nodes", rows=rows, policy=WEIGHED)
     collected = nodes.collect(nodes.exchange(max_weight=100))
     assert [row.members for row in collected.rows] == [B]
     told = {r.node: r.evidence for r in collected.refusals}
@@ -173,9 +187,38 @@ def test_who_has_most_of_the_rows_is_in_no_weighted_sum(sites: Sites, tmp_path: 
     assert collected.liars_out == 0
 
 
+def test_weights_stay_those_of_the_runs_first_round_whoever_is_there(sites: Sites, tmp_path: Path) -> None:
+    rows = dict(zip(A, (40, 25, 60, 80), strict=True)) | dict.fromkeys(B, 7)
+    nodes = Federation(sites, tmp_path / "nodes", rows=rows, policy=WEIGHED)
+    exchange, everyone = nodes.exchange(max_weight=100), nodes.nodes
+    nodes.collect(exchange, 1)
+    nodes.base = {**nodes.base, "b": nodes.base["b"] + 1}
+    nodes.nodes = [n for n in everyone if n.name != "a3"]  # quarantined, say
+    assert nodes.collect(exchange, 2).rows[0].weight == 50 + 31 + 75
+
+
+@pytest.mark.xfail(strict=True, reason="exchange_secagg.py collect(): after a resume weights are of the cohort that is left")
+def test_weights_stay_the_same_where_a_resumed_run_does_without_the_largest_node(
+    sites: Sites, tmp_path: Path
+) -> None:
+    rows = dict(zip(A, (40, 25, 60, 80), strict=True)) | dict.fromkeys(B, 7)
+    nodes = Federation(sites, tmp_path / "nodes", rows=rows, policy=WEIGHED)
+    nodes.collect(nodes.exchange(max_weight=100), 1)
+    nodes.base = {**nodes.base, "b": nodes.base["b"] + 1}
+    nodes.nodes = [n for n in nodes.nodes if n.name != "a3"]
+    collected = nodes.collect(nodes.exchange(max_weight=100), 2)
+    assert [row.weight for row in collected.rows] == [50 + 31 + 75, 27]
+
+
+@pytest.mark.xfail(strict=True, reason="exchange_secagg.py _weights(): divides by 0 where no node registered any rows")
+def test_where_nobody_registered_rows_every_weighted_group_is_lost(sites: Sites, tmp_path: Path) -> None:
+    nodes = Federation(sites, tmp_path / "nodes", policy=WEIGHED)
+    assert nodes.collect(nodes.exchange(max_weight=100)).rows == ()
+
+
 @pytest.mark.xfail(strict=True, reason="exchange_secagg.py _lost(): says nobody answered where everybody was refused")
 def test_a_group_all_of_whose_members_were_refused_says_how_many_were_missing(sites: Sites, tmp_path: Path) -> None:
-    nodes = Federation(sites, tmp_path / "nodes", rows=dict.fromkeys(A, 5))
+    nodes = Federation(sites, tmp_path / "nodes", rows=dict.fromkeys(A, 5), policy=WEIGHED)
     collected = nodes.collect(nodes.exchange(max_weight=100))
     assert [row.members for row in collected.rows] == [A]
     assert group(collected, "b").lost == "0 of 3 answered, 2 must"
@@ -185,8 +228,8 @@ def test_a_finer_resolution_than_32_bits_hold_is_sent_with_64(nodes: Federation)
     collected = nodes.collect(nodes.exchange(min_resolution=1e9))
     (content,) = [c for name, stage, c in nodes.sent if (name, stage) == (A[0], "request")]
     assert content.array_records["arrays"]["update"].dtype == "uint64"
-    scale = quantise.scale_for(4, 10.0, 1, bits=64)
-    total = nodes.plain_sum(A, 4, bits=64)
+    scale = 2**31 // 10  # finer digits mean nothing in float32
+    total = nodes.plain_sum(A, bits=64, scale=scale)
     assert np.array_equal(sums(collected)["a"], (total.view(np.int64) / float(scale * 4)).astype(np.float32))
 
 
@@ -196,9 +239,9 @@ def test_an_update_that_was_clipped_is_counted_and_nobodys_name_is_told(sites: S
         "w": np.full((2, 3), 100.0 if name in ("a1", "a3") else 0.1, np.float32), "b": np.zeros(3, np.float32)
     }  # fmt: skip
     collected = nodes.collect(nodes.exchange())
-    assert group(collected, "a").metrics == {"num_clipped": 2.0}
-    assert group(collected, "b").metrics == {"num_clipped": 0.0}
-    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A, 4))
+    assert group(collected, "a").metrics == {"num_clipped": 2.0, "num_failed": 0.0}
+    assert group(collected, "b").metrics == {"num_clipped": 0.0, "num_failed": 0.0}
+    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A))
 
 
 def test_a_masked_reply_takes_four_bytes_a_parameter(sites: Sites, tmp_path: Path) -> None:
@@ -213,7 +256,7 @@ def test_a_masked_reply_takes_four_bytes_a_parameter(sites: Sites, tmp_path: Pat
 
 def test_the_mean_of_a_round_with_many_parameters_is_exact_too(sites: Sites, tmp_path: Path) -> None:
     nodes = Federation(sites, tmp_path / "nodes", base={"w": np.zeros(70_000, np.float32)})
-    assert np.array_equal(sums(nodes.collect(nodes.exchange()))["b"], nodes.plain_mean(B, 3))
+    assert np.array_equal(sums(nodes.collect(nodes.exchange()))["b"], nodes.plain_mean(B))
 
 
 # ---------------------------------------------------------------- lies
@@ -360,10 +403,9 @@ class Played:
     def kept_and_exact(self, collected: Collected, stage: str) -> None:
         """The sum of the liar's group is that of its survivors in clear, and the other group's is as it would be."""
         survivors = OTHERS if stage in OUT else A
-        in_masks = 3 if stage in ("keys", "shares") else 4  # who lied before the set was settled is none of it
         assert [row.members for row in collected.rows] == [survivors, B]
-        assert np.array_equal(sums(collected)["a"], self.nodes.plain_mean(survivors, in_masks))
-        assert np.array_equal(sums(collected)["b"], self.nodes.plain_mean(B, 3))
+        assert np.array_equal(sums(collected)["a"], self.nodes.plain_mean(survivors))
+        assert np.array_equal(sums(collected)["b"], self.nodes.plain_mean(B))
         assert group(collected, "a").survivors == survivors
         assert collected.liars_out == 0
 
@@ -413,7 +455,7 @@ def test_a_second_reply_to_one_question_does_not_count(stage: str, played: Playe
 
     collected = played.round(stage, ask=twice)
     assert refusals(collected) == [(LIAR, "duplicate")]
-    assert np.array_equal(sums(collected)["a"], played.nodes.plain_mean(A, 4))
+    assert np.array_equal(sums(collected)["a"], played.nodes.plain_mean(A))
 
 
 @pytest.mark.parametrize("stage", BY_STAGE)
@@ -422,7 +464,7 @@ def test_below_the_quorum_a_group_is_lost_whole_and_its_liars_are_named(stage: s
     collected = played.round(stage, lies={(name, stage): lie for name in A[:2]})
     assert refusals(collected) == [("a0", reason), ("a1", reason), ("a2", "group_lost"), ("a3", "group_lost")]
     assert [row.members for row in collected.rows] == [B]
-    assert np.array_equal(sums(collected)["b"], played.nodes.plain_mean(B, 3))
+    assert np.array_equal(sums(collected)["b"], played.nodes.plain_mean(B))
     lost = group(collected, "a")
     assert (lost.members, lost.survivors) == (A, ())
     assert lost.lost == collected.refusals[2].evidence
@@ -446,7 +488,7 @@ def test_a_reply_from_nobody_who_was_asked_is_left_out(nodes: Federation) -> Non
 
     collected = nodes.collect(nodes.exchange(), ask=with_a_stranger)
     assert set(refusals(collected)) == {("id 77", "unknown_node")}
-    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A, 4))
+    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A))
 
 
 def test_a_node_that_is_out_of_an_epoch_is_back_in_the_next(nodes: Federation) -> None:
@@ -470,7 +512,7 @@ def test_a_node_that_missed_a_round_is_asked_in_the_next(nodes: Federation) -> N
     nodes.late.clear()
     nodes.base = {**nodes.base, "b": nodes.base["b"] + 1}
     collected = nodes.collect(exchange, 2)
-    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A, 4, round=2))
+    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A, round=2))
 
 
 def test_a_node_that_never_tells_its_shares_costs_no_time_where_the_others_are_enough(nodes: Federation) -> None:
@@ -478,7 +520,7 @@ def test_a_node_that_never_tells_its_shares_costs_no_time_where_the_others_are_e
     collected = nodes.collect(nodes.exchange())
     assert collected.refusals == ()
     assert nodes.grid.clock.now() == 0.0
-    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A, 4))
+    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A))
 
 
 # ---------------------------------------------------------------- false shares
@@ -487,12 +529,12 @@ def test_a_node_that_never_tells_its_shares_costs_no_time_where_the_others_are_e
 @pytest.fixture
 def dealing_falsely(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """`dealing_falsely(name)`: that node's shares are of other secrets than those it published."""
-    split, liars = member.split_secrets, set[str]()
+    split, liars = statements.split_secrets, set[str]()
 
     def shares(self: member.Member, *arguments: Any) -> Any:
         with monkeypatch.context() as patch:
             if self.name in liars:
-                patch.setattr(member, "split_secrets", lambda seeds, *rest: split(seeds[::-1], *rest))
+                patch.setattr(statements, "split_secrets", lambda seeds, *rest: split(seeds[::-1], *rest))
             return dealt_by(self, *arguments)
 
     dealt_by = member.Member._dealt
@@ -510,7 +552,7 @@ def test_a_dealer_whose_shares_give_another_secret_is_named_and_lowers_f(
     ]  # fmt: skip
     assert group(collected, "a").lost == "the shares that a2 dealt do not give its seed"
     assert collected.liars_out == 1
-    assert np.array_equal(sums(collected)["b"], nodes.plain_mean(B, 3))
+    assert np.array_equal(sums(collected)["b"], nodes.plain_mean(B))
 
 
 def test_a_dealer_that_was_convicted_is_in_no_epoch_any_more(
@@ -522,7 +564,7 @@ def test_a_dealer_that_was_convicted_is_in_no_epoch_any_more(
     nodes.base = {**nodes.base, "b": nodes.base["b"] + 1}
     collected = nodes.collect(exchange, 2)
     assert collected.rows[0].members == ("a0", "a1", "a3")
-    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(("a0", "a1", "a3"), 3, round=2))
+    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(("a0", "a1", "a3"), round=2))
     assert "a2" not in {name for name, _ in nodes.asked}
     assert [r.node for r in collected.refusals] == ["a2"]
 
@@ -566,7 +608,7 @@ def test_a_dealer_that_sends_one_holder_something_else_is_removed_by_its_complai
     left = ("a0", "a2", "a3")
     assert refusals(collected) == [("a1", "bad_share")]
     assert "a1 sent to a3" in collected.refusals[0].evidence
-    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(left, 3))
+    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(left))
     confirmed = [name for name, stage in nodes.asked if stage == "confirm"]
     assert [confirmed.count(n) for n in (*A, *B)] == [2, 1, 2, 2, 1, 1, 1], "only the smaller set is asked again"
 
@@ -625,17 +667,18 @@ def test_counts_and_losses_of_our_app_are_summed_by_group(sites: Sites, tmp_path
     assert {k: np.asarray(v).tolist() for k, v in found.items()} == {
         "loss_sum": 14.0, "rows": 20, "bins": [4, 0, 16, 0]
     }  # fmt: skip
-    assert group(collected, "a").metrics == {"num_clipped": 0.0, "train_loss": 2.0}
+    assert group(collected, "a").metrics == {"num_clipped": 0.0, "num_failed": 0.0, "train_loss": 2.0}
     layout = Layout.of(BASE)
     assert np.allclose(sums(collected)["a"], np.mean([layout.flatten(nodes.delta(n)) for n in A], axis=0), atol=1e-6)
 
 
-def test_a_node_that_scored_more_rows_than_anyone_registered_sends_nothing(sites: Sites, tmp_path: Path) -> None:
+def test_more_rows_than_anyone_registered_are_cut_at_the_node_and_voided(sites: Sites, tmp_path: Path) -> None:
     nodes, exchange = counting(sites, tmp_path / "nodes")
-    nodes.rows_said = 11
+    nodes.rows_said = 12
     collected = nodes.collect(exchange)
-    assert {reason for _, reason in refusals(collected)} == {"policy.secagg"}
-    assert "above 10" in collected.refusals[0].evidence
+    assert collected.refusals == ()
+    assert group(collected, "a").voided == "validation: bins adds up to 44, 40 rows allow 40"
+    assert len(collected.rows) == 2
 
 
 def test_counts_that_the_registered_rows_cannot_have_are_voided_and_the_update_counts(
@@ -683,8 +726,8 @@ def test_a_round_that_lost_a_group_asks_only_that_group_for_the_same_base(nodes:
     nodes.late.clear()
     second = nodes.collect(exchange, 2)
     assert {name for name, _ in nodes.asked} == set(A)
-    assert np.array_equal(sums(second)["b"], nodes.plain_mean(B, 3, round=1)), "what was given for round 1"
-    assert np.array_equal(sums(second)["a"], nodes.plain_mean(A, 4, round=2))
+    assert np.array_equal(sums(second)["b"], nodes.plain_mean(B, round=1)), "what was given for round 1"
+    assert np.array_equal(sums(second)["a"], nodes.plain_mean(A, round=2))
 
 
 def test_a_base_of_which_everything_was_given_already_stops_the_run(nodes: Federation, tmp_path: Path) -> None:
@@ -782,7 +825,7 @@ def test_a_server_that_died_between_shares_finishes_with_the_same_sum(
     assert {stage for _, stage in nodes.asked} == {"unmask"}
     assert collected.refusals == ()
     for name, members in GROUPS.items():
-        assert np.array_equal(sums(collected)[name], nodes.plain_mean(members, len(members)))
+        assert np.array_equal(sums(collected)[name], nodes.plain_mean(members))
     assert [p.suffix for p in (tmp_path / "sums").iterdir()] == [".sums"]
 
 
@@ -794,7 +837,7 @@ def test_a_server_that_died_before_any_share_was_asked_for_starts_the_round_agai
         nodes.collect(nodes.exchange(folder=tmp_path / "sums"), ask=dying(nodes, stage, 2))
     collected = nodes.collect(nodes.exchange(folder=tmp_path / "sums"))
     assert collected.refusals == ()
-    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A, 4))
+    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A))
 
 
 def test_nodes_that_died_too_answer_again_for_the_same_survivors(nodes: Federation, tmp_path: Path) -> None:
@@ -803,7 +846,7 @@ def test_nodes_that_died_too_answer_again_for_the_same_survivors(nodes: Federati
     nodes.connect()
     collected = nodes.collect(nodes.exchange(folder=tmp_path / "sums"))
     assert collected.refusals == ()
-    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A, 4))
+    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A))
 
 
 def test_nodes_that_died_too_and_are_not_all_there_again_end_the_run(nodes: Federation, tmp_path: Path) -> None:
@@ -824,7 +867,7 @@ def test_one_group_that_cannot_be_finished_takes_nothing_from_the_other(nodes: F
     nodes.late.add(("a3", "request"))
     collected = nodes.collect(nodes.exchange(folder=tmp_path / "sums"))
     assert [row.members for row in collected.rows] == [B]
-    assert np.array_equal(sums(collected)["b"], nodes.plain_mean(B, 3))
+    assert np.array_equal(sums(collected)["b"], nodes.plain_mean(B))
     assert group(collected, "a").lost is not None
 
 
@@ -835,16 +878,16 @@ def test_a_pending_sum_under_malicious_server_is_finished_with_the_signatures_th
         nodes.collect(nodes.exchange(folder=tmp_path / "sums", plan=MALICIOUS), ask=dying(nodes, "unmask", 1))
     collected = nodes.collect(nodes.exchange(folder=tmp_path / "sums", plan=MALICIOUS))
     assert {stage for _, stage in nodes.asked} == {"unmask"}
-    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A, 4))
+    assert np.array_equal(sums(collected)["a"], nodes.plain_mean(A))
 
 
 @pytest.fixture(scope="module")
 def files(sites: Sites, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A file of sums, and one of sums that were about to be unmasked."""
     folder = tmp_path_factory.mktemp("files")
-    nodes = Federation(sites, folder / "nodes")
+    nodes = Federation(sites, folder / "some")
     nodes.collect(nodes.exchange(folder=folder / "sums"))
-    nodes.connect()
+    nodes = Federation(sites, folder / "others")
     with pytest.raises(Killed):
         nodes.collect(nodes.exchange(folder=folder / "pending"), ask=dying(nodes, "unmask", 0))
     return {kind: next((folder / kind).glob(f"*.{kind}")) for kind in ("sums", "pending")}
@@ -907,6 +950,9 @@ def test_a_word_that_changed_on_the_disk_is_not_taken_for_the_sum(written: Path,
 
 # ---------------------------------------------------------------- groups that are drawn
 
+DRAWN = quantise.scale_for(6, 10.0, 1)
+"""Groups of three at least have five members at most."""
+
 
 def test_drawn_groups_last_for_an_epoch_and_everyone_is_in_one(nodes: Federation) -> None:
     exchange = nodes.exchange(drawn_size=3, num_keys=2)
@@ -917,7 +963,7 @@ def test_drawn_groups_last_for_an_epoch_and_everyone_is_in_one(nodes: Federation
     assert sorted(name for members in groups for name in members) == [*A, *B]
     assert all(g.drawn for g in first.groups or ())
     for row in first.rows:
-        assert np.array_equal(row.update_d, nodes.plain_mean(row.members, len(row.members)))
+        assert np.array_equal(row.update_d, nodes.plain_mean(row.members, scale=DRAWN))
     nodes.base = {**nodes.base, "b": nodes.base["b"] + 1}
     second = nodes.collect(exchange, 2)
     assert [g.members for g in second.groups or ()] == groups
@@ -932,7 +978,7 @@ def test_in_an_audit_round_groups_are_drawn_and_in_others_they_are_pinned(nodes:
         assert collected.refusals == ()
         drawn.append([g.drawn for g in collected.groups or ()])
         for row in collected.rows:
-            assert np.array_equal(row.update_d, nodes.plain_mean(row.members, len(row.members), round=round_))
+            assert np.array_equal(row.update_d, nodes.plain_mean(row.members, round=round_, scale=DRAWN if round_ == 2 else None))
         nodes.base = {**nodes.base, "b": nodes.base["b"] + 1}
     assert drawn == [[False, False], [True, True], [False, False]]
 

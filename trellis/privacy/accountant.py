@@ -15,8 +15,8 @@ steps more than 2^12: a wider grid loosens the bound, and it stays one.  h is a 
 only widen, and every point of a wide grid is on a narrow one: more steps never cost less.
 
 Rounding errors of the FFT grow with the number of steps (2e-16 a step were measured).  Ten times that is taken off
-delta.  Where it would be a tenth of delta, and where h would be above 64, Rényi's bound is given instead (Mironov, CSF
-2017, https://arxiv.org/abs/1702.07476).
+delta.  Where it would be a tenth of delta, and where h would be above 64, Rényi's bound is given instead, and where h was
+widened the lesser of the two (Mironov, CSF 2017, https://arxiv.org/abs/1702.07476).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LEAST_NOISE = 2.0**-7
 
 STEP_POINTS = 2**14
 TOTAL_POINTS = 2**12
-WIDEST = 64.0
+FINEST, WIDEST = 2.0**-20, 64.0
 ROUNDING = 2e-15
 
 COUNTED_NOISE = (1e-4, 1e6)
@@ -186,7 +186,7 @@ def _epsilon(merged: Merged, delta: float) -> float:
     if rounding > delta / 10 or width > WIDEST:
         return _epsilon_rdp(merged, delta)
     found = float(_composed(merged, width).get_epsilon_for_delta(delta - rounding))
-    return found if width == asked else min(found, _epsilon_rdp(merged, delta))
+    return found if width == asked and math.isfinite(found) else min(_epsilon_rdp(merged, delta), found)
 
 
 @lru_cache(maxsize=1024)
@@ -222,7 +222,7 @@ def _widths(merged: Merged) -> tuple[float, float]:
     asked = min(min(map(_deviation, merged)) / 8, 0.5)
     total = math.sqrt(math.fsum(entry.steps * _deviation(entry) ** 2 for entry in merged))
     span = max(_span(entry.noise_multiplier, entry.sample_rate) for entry in merged)
-    allowed = max(asked, total / TOTAL_POINTS, span / STEP_POINTS)
+    allowed = max(asked, total / TOTAL_POINTS, span / STEP_POINTS, FINEST)
     return _power_of_two(asked), _power_of_two(allowed)
 
 

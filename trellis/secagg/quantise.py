@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trellis.errors import ConfigError, SecAggError
+from trellis.secagg.prg import Stream
 
 Quantised = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
 
@@ -66,7 +67,7 @@ def quantise(
     weight: int,
     scale: int,
     dtype: npt.DTypeLike,
-    rng: np.random.Generator,
+    rng: np.random.Generator | Stream,
     out: Quantised | None = None,
 ) -> tuple[Quantised, bool]:
     """Clipped, weighted, scaled and rounded, in two's complement, and whether it was clipped.  (d,) -> (d,)
@@ -159,7 +160,7 @@ def _norm_and_peak(update_d: npt.NDArray[np.float32]) -> tuple[float, float]:
 def _round(
     update_d: npt.NDArray[np.float32],
     factor: float,
-    rng: np.random.Generator,
+    rng: np.random.Generator | Stream,
     signed_d: npt.NDArray[np.signedinteger],
     *,
     clamp: int | None,
@@ -183,8 +184,10 @@ def _round(
         signed_d[at : at + _CHUNK] = x
 
 
-def _uniform_words(size: int, rng: np.random.Generator) -> npt.NDArray[np.uint32]:
-    """(size,) uniform 32-bit words, two from each 64-bit draw: half the time of as many floats."""
+def _uniform_words(size: int, rng: np.random.Generator | Stream) -> npt.NDArray[np.uint32]:
+    """(size,) uniform 32-bit words; from numpy two of each 64-bit draw, half the time of as many floats."""
+    if isinstance(rng, Stream):
+        return rng.words(size)
     pairs = rng.integers(0, 2**64 - 1, endpoint=True, size=(size + 1) // 2, dtype=np.uint64)
     return pairs.view(np.uint32)[:size]
 
