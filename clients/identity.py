@@ -104,6 +104,11 @@ def _from_text(spec: str, store: str) -> Identity:
     return Identity(from_json(NodeSpec, json.loads(spec)), Path(store) if store else None, simulated=True)
 
 
+def from_file(path: str) -> Identity:
+    """A real node, as its own file describes it.  Raises PolicyRefusal("policy.identity")."""
+    return _from_file(path)
+
+
 def _from_file(path: str) -> Identity:
     import yaml
 

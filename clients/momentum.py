@@ -69,13 +69,15 @@ def _replied(beta: float, message: Message, context: Context, call_next: ClientA
         return reply
     request = wire.read_request(message)
     received, sent = _arrays(message.content), _arrays(reply.content)
-    updates = _deltas(received, sent) if request is not None else _moves(received, sent)
+    # our app replies a delta to a request, anyone else's its params
+    delta = request is not None and wire.REPLY in reply.content.config_records
+    updates = _deltas(received, sent) if delta else _moves(received, sent)
     # a NaN, remembered, would spoil all rounds that follow
     if not updates or not all(np.isfinite(u).all() for u in updates.values()):
         return reply
     base = request.base if request is not None else digest(received)
     momenta = _remembered(beta, updates, _memory(request, context), base)
-    moved = momenta if request is not None else {name: _plus(received[name], m) for name, m in momenta.items()}
+    moved = momenta if delta else {name: _plus(received[name], m) for name, m in momenta.items()}
     arrays = {name: moved[name].astype(a.dtype) if name in moved else a for name, a in sent.items()}
     reply.content[_record_name(reply.content)] = wire.to_record(arrays)
     return reply

@@ -12,7 +12,8 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 import sectors
-from clients import identity
+from clients import identity, secagg
+from clients.budget import Budget, told
 from clients.identity import Identity
 from clients.policy import consent, consent_to_rows, task_of
 from clients.store import NodeStore, store_of
@@ -42,20 +43,77 @@ def train(message: Message, context: Context) -> RecordDict:
     run = request.run if request else None
     base = with_local(sector, task, shared, store, base_digest, run)
     round_ = request.round if request else _round(message)
-    trained = trained_on(task, base, data.train, round=round_, name=node.spec.name)
     splits = request.splits if request else ("validation",)
-    counts = {
-        s: training.evaluate(sector, base, scored(task, data, s, node, round_), device=task.device) for s in splits
-    }
+    if task.dp is not None:
+        trained, spent = private_round(node, task, request, base, data)
+        counts = {}
+    else:
+        trained, spent = trained_on(task, base, data.train, round=round_, name=node.spec.name), {}
+        counts = {
+            s: training.evaluate(sector, base, scored(task, data, s, node, round_), device=task.device) for s in splits
+        }
     if store is not None and set(base) != set(shared):
         store.commit(base_digest, {k: v for k, v in trained.arrays.items() if sector.is_local(k)}, run=run)
+    # what training saw of single rows, its loss, leaves a private node as little as they do
+    losses = {"train/loss": trained.loss} if trained.num_examples and task.dp is None else {}
     return wire.reply_content(
         request=request,
         arrays=_reply_arrays(request, shared, trained.arrays),
         num_examples=trained.num_examples,
-        metrics={"train/loss": trained.loss} if trained.num_examples else {},
+        metrics={**losses, **spent},
         counts=counts,
     )
+
+
+def private_round(
+    node: Identity, task: NodeTask, request: Request | None, base: Arrays, data: NodeData
+) -> tuple[Trained, dict[str, float]]:
+    """Training by DP-SGD, charged before its first step; and what the site tells of its budget."""
+    from sectors import private
+
+    assert task.dp is not None
+    if request is None or request.splits:
+        # neither without a name for what is charged, nor with exact counts of rows
+        raise PolicyRefusal("policy.privacy", f"{node.spec.name} scores nothing under privacy={task.privacy}")
+    budget, dp = Budget.of(node), task.dp
+    plan = private.plan(
+        num_rows(data.train), task.training.batch_size, task.training.epochs, max_examples=task.training.max_examples
+    )
+    about = secagg.about(request)
+    spending = budget.charge(
+        dp, request, about, sample_rate=plan.sample_rate, steps=plan.steps, releases=0, data=_digest_of(data.train)
+    )
+    settings = private.PrivateSettings(
+        noise_multiplier=spending.noise_multiplier,
+        clip_norm=dp.clip_norm,
+        clipping=dp.clipping.value,
+        mode=dp.grad_sample.value,
+        max_physical_batch=dp.max_physical_batch,
+        insecure_seed=_insecure_seed(node, task, request),
+    )
+    found = private.train(
+        sector_of(task),
+        task.training,
+        base,
+        data.train,
+        settings,
+        device=task.device,
+        proximal_mu=task.proximal_mu,
+        frozen_local=dp.frozen_local,
+    )
+    budget.settle(spending)
+    return Trained(found.arrays, found.num_examples, 0.0), told(node, request)
+
+
+def _insecure_seed(node: Identity, task: NodeTask, request: Request) -> int | None:
+    if not task.insecure_rng or not node.simulated:
+        return None
+    return canonical.seed_for(task.seed, "private", request.round, node.spec.name)
+
+
+def _digest_of(rows: Rows) -> str:
+    """Of the rows that are paid for."""
+    return digest(rows)
 
 
 def scored(task: NodeTask, data: NodeData, split: str, node: Identity, round: int) -> Rows:
@@ -99,6 +157,10 @@ def statistics(message: Message, context: Context) -> RecordDict:
         rows = take(rows, np.sort(rng.choice(num_rows(rows), most, replace=False)))
     used = num_rows(rows)
     consent_to_rows(node.spec, used)
+    if task.dp is not None:
+        raise PolicyRefusal(
+            "policy.privacy", f"{node.spec.name} gives no exact statistics under privacy={task.privacy}"
+        )
     counts = {"train": sector.all_statistics(rows)}
     return wire.reply_content(request=request, arrays=None, num_examples=used, metrics={}, counts=counts)
 
@@ -109,6 +171,8 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     request = wire.read_request(message)
     if request is not None and request.purpose == "statistics":
         return statistics(message, context)
+    if task.dp is not None:
+        raise PolicyRefusal("policy.privacy", f"{node.spec.name} scores nothing under privacy={task.privacy}")
     sector, data = sector_of(task), data_of(node, task)
     shared, base_digest = _received(message, request, "evaluate")
     base = with_local(sector, task, shared, store_of(node), base_digest, request.run if request else None)

@@ -76,9 +76,10 @@ def consent(spec: NodeSpec, task: NodeTask) -> None:
     if "*" not in policy.sectors and task.sector not in policy.sectors:
         allowed = ", ".join(policy.sectors) or "none"
         raise PolicyRefusal("policy.sector", f"{spec.name} takes part in {allowed}, not in {task.sector}")
-    if not task.privacy.at_least(policy.least_privacy):
-        reason = f"{spec.name} asks for privacy={policy.least_privacy} at least, the run has {task.privacy}"
-        raise PolicyRefusal("policy.privacy", reason)
+    for least in policy.least:
+        if not task.privacy.at_least(least):
+            reason = f"{spec.name} asks for privacy={least} at least, the run has {task.privacy}"
+            raise PolicyRefusal("policy.privacy", reason)
 
 
 def consent_to_rows(spec: NodeSpec, num_rows: float) -> None:

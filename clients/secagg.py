@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
-from clients import identity
+from clients import budget, identity
 from clients.identity import Identity
 from clients.store import store_of
 from conf.schema import NodesConfig, RepeatBase, SurvivorSets, from_json, simulated_pins
@@ -119,10 +120,14 @@ def _masked(
         member.require_maskable(request, confirmation)
     # from here on nothing of the node's rows may decide whether it answers: a failure is masked too, and counted
     update, values = _worked_out(message, context, call_next, request, masking)
+    # of the ledger, not of the app: it is told whether the app fails or not
+    told = budget.told(identity.of(context), request)
     words = counts.encode(masking.counts, values)
     with _Memory(context, masking.epoch) as member:
         signed = member.mask(request, confirmation, update, words)
-    answer = ConfigRecord({wire.REQUEST: request.digest, "payload": signed.payload, "signature": signed.signature})
+    answer = ConfigRecord(
+        {wire.REQUEST: request.digest, "payload": signed.payload, "signature": signed.signature, **told}
+    )
     arrays = wire.to_record({wire.UPDATE: update, wire.COUNTS: words})
     return Message(RecordDict({wire.ARRAYS: arrays, wire.REPLY: answer}), reply_to=message)
 
@@ -182,6 +187,7 @@ def _require_fitting(message: Message, request: Request, masking: Masking) -> No
         dim = Layout.of(wire.from_record(message.content.array_records[wire.ARRAYS])).dim
     if masking.dim != dim:
         raise SecAggError(DENIED, f"there are {dim} coordinates to mask, not {masking.dim}")
+    counts.encode(masking.counts, {})  # what could not be told is refused now, not when there is something to tell
 
 
 def _arrays_of(content: RecordDict) -> ArrayRecord:
@@ -275,14 +281,14 @@ def _terms(own: Identity) -> Terms:
     default = Threat.semi_honest if own.simulated else Threat.malicious_server
     return Terms(
         least_threat=policy.least_threat or default,
-        min_group=policy.min_group,
-        max_per_organisation=policy.max_per_organisation,
+        min_group=policy.min_group or (2 if own.simulated else 3),
+        max_per_organisation=policy.max_per_organisation or (sys.maxsize if own.simulated else 1),
         max_share=policy.max_share,
         max_weight_ratio=_ratio(own),
         colluding=policy.colluding,
         max_keys=policy.max_keys,
         max_draws=policy.max_draws,
-        max_regroupings=policy.max_regroupings,
+        max_regroupings=_regroupings(own),
         allow_repeat=policy.repeat_base is RepeatBase.allow,
         fixed_survivors=policy.survivor_sets is SurvivorSets.fixed,
         # a site that starts its node from an allow-list of code will say so here; simulation plays such a site
@@ -294,6 +300,12 @@ def _ratio(own: Identity) -> float:
     """How much more one update may weigh than another: in simulation as much as the run likes."""
     given = own.spec.policy.secagg.max_weight_ratio
     return given if given is not None else math.inf if own.simulated else 1.0
+
+
+def _regroupings(own: Identity) -> int:
+    """Drawn groups that it is ever summed with: in simulation, whose nodes forget, as many as the run draws."""
+    given = own.spec.policy.secagg.max_regroupings
+    return given if given is not None else sys.maxsize if own.simulated else 4
 
 
 def _key(own: Identity) -> IdentityKey:

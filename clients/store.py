@@ -29,6 +29,7 @@ from flwr.app import RecordDict
 
 from clients.identity import Identity
 from trellis import wire
+from trellis.durable import sync_folder
 from trellis.vectors import Arrays
 
 KEEP = 3
@@ -75,6 +76,7 @@ class NodeStore:
 
     def add(self, fact: dict[str, Any]) -> None:
         """Write a fact down: it cannot be lost any more when this returns."""
+        new = not (self.path / "secagg.jsonl").exists()
         with open(self.path / "secagg.jsonl", "a+b") as file:
             file.seek(0)
             kept = file.read()
@@ -84,6 +86,8 @@ class NodeStore:
             file.flush()
             if self.durable:
                 os.fsync(file.fileno())
+        if self.durable and new:
+            sync_folder(self.path)
 
     # ------------------------------------------------------------ local state
 

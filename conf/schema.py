@@ -46,7 +46,7 @@ class Grouping(StrEnum):
 
 
 class SurvivorSets(StrEnum):
-    """How many sets of survivors a run may have sums over: any number, or one a group."""
+    """How many sets of survivors a group gives sums over: any number, or one."""
 
     any = "any"
     fixed = "fixed"
@@ -57,6 +57,39 @@ class RepeatBase(StrEnum):
 
     same_set = "same_set"
     allow = "allow"
+
+
+class Clipping(StrEnum):
+    """How a row's gradient is clipped: as a whole, or tensor by tensor to C / sqrt(number of tensors)."""
+
+    flat = "flat"
+    per_layer = "per_layer"
+
+
+class GradSample(StrEnum):
+    """How gradients of single rows are computed; auto: the fastest that is exact for the sector's model."""
+
+    auto = "auto"
+    direct = "direct"
+    hooks = "hooks"
+    ew = "ew"
+    ghost = "ghost"
+    functorch = "functorch"
+
+
+class Released(StrEnum):
+    """What leaves a node of its validation and test rows under differential privacy."""
+
+    none = "none"
+    noisy = "noisy"
+
+
+class Require(StrEnum):
+    """What a node asks of every run, at least."""
+
+    dp = "dp"
+    secagg = "secagg"
+    both = "both"
 
 
 class OptimizerName(StrEnum):
@@ -191,10 +224,10 @@ class SecAggPolicy:
     """The file of the members it accepts, with keys and groups; likewise."""
     least_threat: Threat | None = None
     """None: malicious_server; a simulated node takes part in either."""
-    min_group: int = 3
-    """Organisations that must be behind every sum."""
-    max_per_organisation: int = 1
-    """Members of one organisation in a group."""
+    min_group: int | None = None
+    """Organisations that must be behind every sum; None: 3, and in simulation as many as the run says."""
+    max_per_organisation: int | None = None
+    """Members of one organisation in a group; None: 1, and in simulation as many as the run says."""
     max_share: float = 0.5
     """Of all weight in a sum, the most that one node's update may have."""
     max_weight_ratio: float | None = None
@@ -204,21 +237,48 @@ class SecAggPolicy:
     max_keys: int = 1024
     max_draws: int = 4
     """Draws of groups that come to nothing, in a row."""
-    max_regroupings: int = 4
-    """Different drawn groups that it is ever summed with."""
+    max_regroupings: int | None = None
+    """Different drawn groups that it is ever summed with; None: 4, and in simulation as many as the run draws."""
     repeat_base: RepeatBase = RepeatBase.same_set
     survivor_sets: SurvivorSets = SurvivorSets.any
 
     def __post_init__(self) -> None:
-        _within("policy.secagg.min_group", self.min_group, least=2)
-        _within("policy.secagg.max_per_organisation", self.max_per_organisation, least=1)
+        if self.min_group is not None:
+            _within("policy.secagg.min_group", self.min_group, least=2)
+        if self.max_per_organisation is not None:
+            _within("policy.secagg.max_per_organisation", self.max_per_organisation, least=1)
         _within("policy.secagg.max_share", self.max_share, above=0, most=1)
         if self.max_weight_ratio is not None:
             _within("policy.secagg.max_weight_ratio", self.max_weight_ratio, least=1)
         _within("policy.secagg.colluding", self.colluding, least=0, below=1)
         _within("policy.secagg.max_keys", self.max_keys, least=1)
         _within("policy.secagg.max_draws", self.max_draws, least=0)
-        _within("policy.secagg.max_regroupings", self.max_regroupings, least=0)
+        if self.max_regroupings is not None:
+            _within("policy.secagg.max_regroupings", self.max_regroupings, least=0)
+
+
+@dataclass
+class DpPolicy:
+    """What may be spent on a site's data, ever (docs/privacy.md)."""
+
+    privacy_unit: str | None = None
+    """The name of the data that the budget is for; None: they are trained on without differential privacy only."""
+    max_epsilon: float | None = None
+    """All that may be spent on the unit: over rounds, runs and restarts.  A simulated node may leave it open."""
+    delta: float = 1e-5
+    min_noise_multiplier: float = 0.0
+    ledger: str | None = None
+    """The folder of the ledger, relative to the node's own file; None: the node's store."""
+    hide_epsilon: bool = False
+    """Whether the server is not told what was spent."""
+
+    def __post_init__(self) -> None:
+        if self.privacy_unit is not None:
+            check_name("policy.dp.privacy_unit", self.privacy_unit)
+        if self.max_epsilon is not None:
+            _within("policy.dp.max_epsilon", self.max_epsilon, above=0)
+        _within("policy.dp.delta", self.delta, above=0, below=1)
+        _within("policy.dp.min_noise_multiplier", self.min_noise_multiplier, least=0)
 
 
 @dataclass
@@ -230,7 +290,16 @@ class PolicyConfig:
     least_privacy: Privacy = Privacy.none
     max_examples: int | None = None
     """At most this many of its rows may be trained on in a round."""
+    require: Require | None = None
+    """The same as `least_privacy`, in a word: both must hold."""
+    dp: DpPolicy = field(default_factory=DpPolicy)
     secagg: SecAggPolicy = field(default_factory=SecAggPolicy)
+
+    @property
+    def least(self) -> tuple[Privacy, ...]:
+        """Modes whose every guarantee the site asks for."""
+        words = {Require.dp: Privacy.dp, Require.secagg: Privacy.secagg, Require.both: Privacy.dp_secagg}
+        return (self.least_privacy, *((words[self.require],) if self.require is not None else ()))
 
 
 @dataclass
@@ -398,7 +467,8 @@ class SecAggConfig:
     workers: int = 1
     """Processes that take masks away on the server; with 1 the server's own does."""
     insecure_rng: bool = False
-    """Tests and studies only: what must come from the OS follows from the seed.  Tagged in every record."""
+    """Tests and studies only: halves of rows follow from the seed.  Keys, masks and draws of groups come from the OS
+    whatever is said here.  Tagged in every record."""
 
     def __post_init__(self) -> None:
         _within("privacy.secagg.clip_norm", self.clip_norm, above=0)
@@ -419,11 +489,50 @@ class SecAggConfig:
 
 
 @dataclass
+class DpConfig:
+    """How nodes train under differential privacy (docs/privacy.md)."""
+
+    clip_norm: float = 1.0
+    """Every row's gradient is clipped to this Euclidean norm."""
+    clipping: Clipping = Clipping.flat
+    grad_sample: GradSample = GradSample.auto
+    max_physical_batch: int = 128
+    """Rows whose gradients are in memory at once."""
+    frozen_local: bool = False
+    """Whether layers that stay at the node are left as they are; else they train in the same DP-SGD."""
+    metrics: Released = Released.none
+    metrics_noise_multiplier: float = 10.0
+    """With metrics=noisy: the noise of every release, in what one row adds; it is charged like training."""
+
+    def __post_init__(self) -> None:
+        _within("privacy.dp.clip_norm", self.clip_norm, above=0)
+        _within("privacy.dp.max_physical_batch", self.max_physical_batch, least=1)
+        _within("privacy.dp.metrics_noise_multiplier", self.metrics_noise_multiplier, above=0)
+
+
+@dataclass
 class PrivacyConfig:
     """What is kept from whom, and how."""
 
     name: Privacy = Privacy.none
+    noise_multiplier: float | None = None
+    """Under differential privacy the noise of a step, in clip norms: this, or ..."""
+    target_epsilon: float | None = None
+    """... what all planned rounds may spend at each node, at its own delta: each solves for its own noise, once."""
+    dp: DpConfig = field(default_factory=DpConfig)
     secagg: SecAggConfig = field(default_factory=SecAggConfig)
+
+    def __post_init__(self) -> None:
+        if self.noise_multiplier is not None:
+            _within("privacy.noise_multiplier", self.noise_multiplier, above=0)
+        if self.target_epsilon is not None:
+            _within("privacy.target_epsilon", self.target_epsilon, above=0)
+        given = [self.noise_multiplier, self.target_epsilon].count(None)
+        _require(
+            given == 1 or not self.name.noises,
+            f"privacy={self.name} needs one of privacy.noise_multiplier, privacy.target_epsilon, and the other null; "
+            f"they are {self.noise_multiplier} and {self.target_epsilon}",
+        )
 
 
 @dataclass
@@ -608,6 +717,39 @@ class RunConfig:
 
 
 @dataclass
+class DpTask:
+    """What nodes are told of a run's differential privacy: the plan, from which each solves for its own noise."""
+
+    rounds: int
+    """Planned: what `target_epsilon` is for."""
+    clip_norm: float
+    clipping: Clipping
+    grad_sample: GradSample
+    max_physical_batch: int
+    frozen_local: bool
+    metrics: Released
+    metrics_noise_multiplier: float
+    noise_multiplier: float | None = None
+    target_epsilon: float | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig) -> DpTask:
+        p = config.privacy
+        return cls(
+            rounds=config.rounds,
+            clip_norm=p.dp.clip_norm,
+            clipping=p.dp.clipping,
+            grad_sample=p.dp.grad_sample,
+            max_physical_batch=p.dp.max_physical_batch,
+            frozen_local=p.dp.frozen_local,
+            metrics=p.dp.metrics,
+            metrics_noise_multiplier=p.dp.metrics_noise_multiplier,
+            noise_multiplier=p.noise_multiplier,
+            target_epsilon=p.target_epsilon,
+        )
+
+
+@dataclass
 class NodeTask:
     """The node config of a request: everything a node needs to know of the run, the same for all nodes."""
 
@@ -629,6 +771,8 @@ class NodeTask:
     fine_tune_lr: float | None = None
     insecure_rng: bool = False
     """What a node draws from the OS follows from the seed instead: for tests and studies."""
+    dp: DpTask | None = None
+    """How to train under differential privacy; None: without."""
 
     @classmethod
     def of(cls, config: RunConfig) -> NodeTask:
@@ -648,6 +792,7 @@ class NodeTask:
             fine_tune_epochs=config.heterogeneity.fine_tune_epochs,
             fine_tune_lr=config.heterogeneity.fine_tune_lr,
             insecure_rng=config.privacy.secagg.insecure_rng,
+            dp=DpTask.of(config) if config.privacy.name.trains_privately else None,
         )
 
 

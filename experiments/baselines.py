@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from conf.schema import NodeSpec, NodeTask, RunConfig
 from sectors import training
 from sectors.base import NodeData, Rows, Sector, concatenate, num_rows, place_of
 from sectors.params import initial_arrays
-from server import build, statistics
+from server import build, statistics, versions
 from trellis import canonical
 from trellis.types import Role
 
@@ -58,6 +59,15 @@ def local_only(
         nodes[spec.name] = _primary(alone, params, own.test)
         everywhere += [value for value in (_primary(alone, params, test),) if value is not None]
     return {"nodes": nodes, "everywhere": sum(everywhere) / len(everywhere) if everywhere else None}
+
+
+def measured(config: RunConfig, sector: Sector, version: Path) -> dict[str, float]:
+    """What a version is worth on all nodes' test rows, where no node may say it: under differential privacy."""
+    specs, task = config.nodes.expand(), NodeTask.of(config)
+    test = concatenate([sector.load(place_of(spec, task)).test for spec in specs])
+    params, _ = versions.read_version(version)
+    # layers that stay at the nodes are in no version: the initial ones stand in for them
+    return _score(sector, {**initial_arrays(sector, config.seed), **params}, test)
 
 
 def _used(config: RunConfig, rows: Rows) -> int:

@@ -41,6 +41,8 @@ def simulate(overrides: Sequence[str], *, on_round: OnRound | None = None) -> Ru
     if config.baselines:
         found["baselines"] = compared = baselines.baselines(config, sector)
         found["nodes"] = _with_baselines(result.nodes, compared)
+    if result.primary_metric["value"] is None and config.privacy.name.trains_privately:
+        found |= _measured(config, sector, result)
     if plot is not None:
         found["attack"] = _attack(config, sector, plot, result)
     if found:
@@ -74,6 +76,16 @@ def _with_baselines(nodes: dict[str, dict[str, Any]], found: dict[str, Any]) -> 
     return {
         name: {**scores, "pooled": pooled[name], **({"local_only": alone[name]} if name in alone else {})}
         for name, scores in nodes.items()
+    }
+
+
+def _measured(config: RunConfig, sector: Sector, result: RunResult) -> dict[str, Any]:
+    """Metrics of the last version that the simulation takes itself: it sees the rows, and releases nothing."""
+    scores = baselines.measured(config, sector, Path(str(result.model_path)))
+    primary = {**result.primary_metric, "value": scores.get(sector.primary.name), "split": "test"}
+    return {
+        "primary_metric": {**primary, "measured_by": "simulation"},
+        "metrics": {f"test/{name}": value for name, value in scores.items()},
     }
 
 

@@ -13,7 +13,7 @@ import sectors
 from conf.load import choices
 from conf.schema import DataSource, EngineName, NodeTask, RunConfig, sector_options, to_json
 from sectors.base import Sector
-from server import masking
+from server import masking, statistics
 from server.reference import reference
 from strategies import preaggregators, rules, samplers, server_optimizers
 from strategies.aggregation import Pipeline
@@ -22,6 +22,7 @@ from strategies.exchange import Clock, Exchange, PlainExchange
 from strategies.flower import Commit, RoundStrategy
 from strategies.observers.suspicion import Suspicion
 from strategies.records import Scoring
+from trellis import wire
 from trellis.errors import CohortTooSmall, ConfigError
 from trellis.types import Counts, Role, RuleSpec
 from trellis.vectors import CountSpec
@@ -46,6 +47,8 @@ def check(config: RunConfig) -> Sector:
     _check_weighted(config, rule)
     _check_server_rows(config, sector)
     _check_suspicion(config)
+    if config.privacy.name.trains_privately:
+        _check_private(config, sector)
     return sector
 
 
@@ -99,6 +102,7 @@ def strategy(
         server_optimizer=_server_optimizer(config),
         suspicion=_suspicion(config),
         scoring=scoring(sector),
+        measures=not config.privacy.name.trains_privately,
         min_replies=config.min_replies,
         tunes=config.heterogeneity.fine_tune_epochs > 0,
         node_config=to_json(NodeTask.of(config)),
@@ -125,7 +129,7 @@ def exchange(
         max_update_norm=config.checks.max_update_norm,
         counts=counts,
         counts_problem=problem,
-        metrics=frozenset({"train/loss"}),
+        metrics=frozenset({"train/loss", *wire.TOLD}),
         clock=clock,
         max_matrix_bytes=int(config.checks.max_matrix_mb * 2**20),
         scratch=scratch,
@@ -231,6 +235,20 @@ def _check_device(device: str) -> None:
         raise ConfigError(
             f"device={device} cannot be used here ({str(error).splitlines()[0]}): try device=cpu"
         ) from error
+
+
+def _check_private(config: RunConfig, sector: Sector) -> None:
+    """Refuse what cannot be private, with every reason at once."""
+    from sectors import private
+
+    found = private.problems(sector)
+    if sector.statistic_specs() and not statistics.given(config, sector):
+        names = ", ".join(f"sector.options.{name}" for name in sector.fitted_options)
+        found.append(f"it is fitted on exact statistics of nodes' rows: give constants instead ({names})")
+    if config.heterogeneity.fine_tune_epochs:
+        found.append("heterogeneity.fine_tune_epochs scores models tuned on single nodes' rows: set it to 0")
+    if found:
+        raise ConfigError(f"privacy={config.privacy.name}, sector={sector.name}: " + "; ".join(found))
 
 
 def _check_weighted(config: RunConfig, rule: RuleSpec) -> None:

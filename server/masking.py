@@ -167,6 +167,35 @@ def check(config: RunConfig) -> None:
     pins, found = simulated_pins(federation(config)), plan_of(config)
     for group, tolerance in zip(found.groups, found.tolerances, strict=True):
         _check_group(config, group, tolerance, pins)
+    # held-out nodes are summed too, among themselves
+    others = {pin.group for pin in pins.values() if pin.role != Role.train}
+    for group in (roster.pinned_group(label, pins) for label in sorted(others)):
+        _check_group(config, group, _plan(config).tolerance(group, pins), pins)
+    for spec in config.nodes.items or [config.nodes.template]:
+        _check_policy(config, spec, max(roster.crowded(group, pins) for group in found.groups))
+
+
+def _check_policy(config: RunConfig, spec: NodeSpec, crowd: int) -> None:
+    """What a node's own policy forbids in any case is told before anything starts; its site has the last word."""
+    s, policy, who = config.privacy.secagg, spec.policy.secagg, spec.name or "the nodes"
+    rounds = config.rounds
+    draws = rounds // s.audit_every if s.audit_every else 0
+    if s.grouping is Grouping.drawn:
+        draws += -(-(rounds + 1) // s.num_keys)
+    problems = {
+        f"min_group={policy.min_group}, the run has {s.min_group}": (policy.min_group or 0) > s.min_group,
+        f"max_per_organisation={policy.max_per_organisation}, a group has {crowd}": policy.max_per_organisation
+        is not None
+        and crowd > policy.max_per_organisation,
+        f"least_threat={policy.least_threat}, the run has {s.threat}": policy.least_threat is not None
+        and not s.threat.at_least(policy.least_threat),
+        f"max_keys={policy.max_keys}, the run has num_keys={s.num_keys}": s.num_keys > policy.max_keys,
+        f"max_regroupings={policy.max_regroupings}, the run draws {draws} times": policy.max_regroupings is not None
+        and draws > policy.max_regroupings,
+    }
+    found = [f"policy.secagg.{problem}" for problem, holds in problems.items() if holds]
+    if found:
+        raise ConfigError(f"{who} would refuse every round: {'; '.join(found)}")
 
 
 def _check_group(config: RunConfig, group: tuple[str, ...], found: Tolerance, pins: Mapping[str, Member]) -> None:

@@ -66,6 +66,8 @@ def of_round(record: RoundRecord) -> list[Point]:
         values["update/aggregate_norm"] = record.aggregate_norm
     if record.epsilon:
         values["privacy/epsilon_max"] = max(record.epsilon.values())
+    if record.noise_multipliers:
+        values["privacy/noise_multiplier_min"] = min(record.noise_multipliers.values())
     values |= record.findings
     points = [Point(clean(named(record, k)), float(v), record.round) for k, v in values.items()]
     points += _spread("comm/node_seconds", _finite(record.node_seconds.values()), record.round, ("p50", "max"))
@@ -109,6 +111,7 @@ def _node_values(record: RoundRecord, node: str) -> dict[str, float]:
         "update/weight": record.weights,
         "num_examples": record.num_examples,
         "privacy/epsilon": record.epsilon,
+        "privacy/noise_multiplier": record.noise_multipliers,
         "suspicion": record.suspicion,
         "comm/seconds": record.node_seconds,
         "comm/bytes_down": {name: down for name, (down, _) in record.node_bytes.items()},

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -28,8 +29,8 @@ from strategies import checks
 from strategies.exchange import Ask, Clock, StoppedClock, refused, refused_by_error
 from strategies.grouping import Plan
 from strategies.observers import suspicion
-from strategies.sums import KnownSum, Pending, Sums
-from trellis import wire
+from strategies.sums import KnownSum, Limits, Pending, Sums
+from trellis import canonical, wire
 from trellis.errors import BaseSpent, ConfigError, SecAggError, WireError
 from trellis.identity import Member
 from trellis.secagg import consent, counts, draws, leader, messages, quantise, roster, transcript
@@ -52,7 +53,7 @@ from trellis.secagg.messages import (
 )
 from trellis.secagg.tally import Facts, GroupLost, Masks, Tally, unmasked
 from trellis.secagg.transcript import Signed
-from trellis.types import Collected, CountField, GroupSum, Masking, NodeInfo, Refusal, Request, Row, Update
+from trellis.types import Collected, CountField, GroupSum, Masking, NodeInfo, Refusal, Request, Role, Row, Update
 from trellis.vectors import Arrays, CountSpec, Layout, TensorSpec, norm
 
 LOSS_MAX = 100.0
@@ -99,6 +100,10 @@ class _Books:
     down: dict[str, int] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
     node_seconds: dict[str, float] = field(default_factory=dict)
+    told: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What nodes tell of their budgets."""
+    lost: dict[tuple[str, ...], str] = field(default_factory=dict)
+    """Groups without a sum, and why."""
 
     def refuse(self, name: str, reason: str, evidence: str) -> None:
         """The first word on a node counts, unless a lie comes to light later."""
@@ -174,8 +179,7 @@ class SecAggExchange:
     _epochs: dict[tuple[str, ...], Open] = field(default_factory=dict, repr=False)
     _draws: dict[str, list[tuple[str, ...]]] = field(default_factory=dict, repr=False)
     """Groups that were drawn, by role, while their epochs last."""
-    _most_rows: int = field(default=0, repr=False)
-    """What weights are in relation to: the most rows that a node of the run's first cohort registered."""
+    _limits: Limits | None = field(default=None, repr=False)
     _convicted: dict[str, str] = field(default_factory=dict, repr=False)
     """Members whose shares were proven false: no epoch is begun with them again."""
     _out: dict[tuple[str, ...], dict[str, str]] = field(default_factory=dict, repr=False)
@@ -190,18 +194,21 @@ class SecAggExchange:
         started = time.perf_counter()
         cohort = sorted(cohort, key=lambda node: node.name)
         books = _Books({node.name: node for node in cohort}, self.clock)
-        self._most_rows = self._most_rows or max((node.num_examples or 0 for node in cohort), default=0)
-        about = f"{request.purpose}-{request.base[:32]}"
+        self._limits = self._limits or self._store.limits(request.purpose, _limits_of(cohort, self.max_examples))
+        about = f"{request.purpose}-{canonical.digest(list(request.splits))[:8]}-{request.base[:32]}"
         known = list(self._store.known(about))
         pending = self._store.pending(about, self.pins)
-        known += self._finished(pending, ask, books, about=about, also=known)
+        finished = self._finished(pending, ask, books, about=about, also=known)
+        known += finished
         taken = {name for found in known for name in found.names}
         groups = self._groups(request, [n for n in cohort if n.name not in taken], ask, books)
         left = [group for group in groups if not taken & set(group)]
         epochs = self._opened(left, request, ask, books, groups)
         offline_s = time.perf_counter() - started
         fresh = self._round(request, epochs, ask, books, base=base, about=about, known=known)
-        if request.purpose == "train" and not fresh and (known or pending):
+        for names in (p.names for p in pending):
+            books.lost.setdefault(names, "its shares are late")
+        if request.purpose == "train" and not fresh and not finished and (known or pending):
             self._require_more(request, known, left, pending)
         collected = self._collected(request, cohort, [*known, *fresh], groups, books, base=base)
         seconds = {"exchange": time.perf_counter() - started, "offline": offline_s}
@@ -228,7 +235,13 @@ class SecAggExchange:
                 continue
             found.setdefault(said.name, []).append(reply.metadata.src_node_id)
         return [
-            NodeInfo(name, ids[0], self.pins[name].organisation, group=self.pins[name].group)
+            NodeInfo(
+                name,
+                ids[0],
+                self.pins[name].organisation,
+                role=Role(self.pins[name].role),
+                group=self.pins[name].group,
+            )
             for name, ids in sorted(found.items())
             if len(ids) == 1
         ]
@@ -371,8 +384,11 @@ class SecAggExchange:
         questions, of = {}, {}
         for group, led in leaders.items():
             content = _content(led.asked)
-            for name in (n for n in group if n in books.nodes and n not in self._convicted):
-                questions[name], of[name] = content, led
+            for name in (n for n in group if n in books.nodes):
+                if name in self._convicted:
+                    books.refuse(name, "unavailable", f"out of all epochs: {self._convicted[name]}")
+                else:
+                    questions[name], of[name] = content, led
         for name, reply in self._stage(questions, Keys, ask, books):
             with books_refusing(books, name):
                 of[name].take_keys(name, reply)
@@ -409,7 +425,8 @@ class SecAggExchange:
             found = books.refusals.get(name)
             self._out[group][name] = f"{found.reason}: {found.evidence}" if found else "not asked when the epoch began"
 
-    def _lose(self, group: Sequence[str], why: str, books: _Books, *, liar: str | None = None) -> None:
+    def _lose(self, group: tuple[str, ...], why: str, books: _Books, *, liar: str | None = None) -> None:
+        books.lost[group] = why
         log(INFO, "secure aggregation: no sum of %s: %s", "+".join(group)[:80], why)
         for name in group:
             if name in books.nodes and name != liar:
@@ -432,7 +449,15 @@ class SecAggExchange:
         if not epochs:
             return []
         dim = Layout.of(base).dim if request.purpose == "train" else 0
-        requests = {opened.names: self._request(request, opened, dim) for opened in epochs}
+        requests = {}
+        for opened in epochs:
+            try:
+                requests[opened.names] = self._request(request, opened, dim)
+            except ConfigError as error:
+                self._lose(opened.names, str(error), books)
+        epochs = [opened for opened in epochs if opened.names in requests]
+        if not epochs:
+            return []
         tallies = self._masked(requests, epochs, ask, books, base)
         ready = []
         for opened in epochs:
@@ -460,8 +485,8 @@ class SecAggExchange:
         index, opened.next_index = opened.next_index, opened.next_index + 1
         led, members = opened.leader, opened.leader.members
         weights = self._weights(opened.nodes, members)
-        # by the whole group, not by who is there: nodes want the same scale in all of a run
-        bits, scale = self._scale(2 * max(self.drawn_size, self.audit_size) if opened.drawn else len(opened.names))
+        size = self._size(opened)
+        bits, scale = self._scale(size)
         masking = Masking(
             epoch=led.asked.epoch,
             group=led.asked.group,
@@ -473,7 +498,7 @@ class SecAggExchange:
             scale=scale,
             dtype=f"uint{bits}",
             dim=dim,
-            counts=self._fields(request, opened.nodes, len(members)),
+            counts=self._fields(request, size),
             weights=weights,
         )
         return replace(request, key_index=index, masking=masking)
@@ -483,22 +508,32 @@ class SecAggExchange:
         if self.max_weight == 1:
             return tuple(1 for _ in members)
         rows = [nodes[name].num_examples or 0 for name in members]
-        most = self._most_rows
+        most = max(self._limits.examples if self._limits else 0, 1)
+        if not any(rows):
+            raise ConfigError("its members registered no rows: every weight is 0")
         return tuple(max(round(self.max_weight * r / most), min(r, 1)) for r in rows)
+
+    def _size(self, opened: Open) -> int:
+        """Members that a node's group has at most in this run: scale and limits are to be the same in all rounds."""
+        if not self.drawn_size and not self.audit_size:
+            return len(opened.names)
+        sizes = Counter(pin.group for pin in self.pins.values())
+        # n members make n // g groups of fewer than 2 g each
+        return max(2 * max(self.drawn_size, self.audit_size), *sizes.values())
 
     def _scale(self, num_members: int) -> tuple[int, int]:
         """(bits, steps of a coordinate of 1): 32 bits where they are fine enough."""
+        finest = int(consent.MAX_STEPS / self.clip_norm) if self.max_weight > 1 else int(2**31 / self.clip_norm)
         try:
             scale = quantise.scale_for(num_members, self.clip_norm, self.max_weight)
             if scale >= self.min_resolution:
-                return 32, scale
+                return 32, max(min(scale, finest), 1)
         except ConfigError:
             pass
-        finest = int(consent.MAX_STEPS / self.clip_norm)  # float32 has no finer digits that mean anything
         return 64, max(min(quantise.scale_for(num_members, self.clip_norm, self.max_weight, bits=64), finest), 1)
 
-    def _fields(self, request: Request, nodes: Mapping[str, NodeInfo], num_members: int) -> tuple[CountField, ...]:
-        """What is summed beside the updates, and how much of each a node can have."""
+    def _fields(self, request: Request, num_members: int) -> tuple[CountField, ...]:
+        """What is summed beside the updates, and how much of each a node can have; the same in all rounds of a run."""
         failed, clipped = TensorSpec(counts.FAILED, (), "int64"), TensorSpec(counts.CLIPPED, (), "int64")
         own = [counts.field_of(counts.FAILED, failed, most=1, num_members=num_members)]
         if request.purpose == "train":
@@ -506,7 +541,8 @@ class SecAggExchange:
             if self.native:
                 loss = TensorSpec(counts.LOSS, (), "float64")
                 own.append(counts.field_of(counts.LOSS, loss, most=LOSS_MAX, num_members=num_members))
-        most = max((_rows(node, request.purpose, self.max_examples) for node in nodes.values()), default=0)
+        limits = self._limits or Limits(0, 0)
+        most = limits.examples if request.purpose == "statistics" else limits.rows
         splits = request.splits if self.native and self.counts is not None else ()
         return (*own, *counts.layout(self.counts or {}, splits, most_rows=most, num_members=num_members))
 
@@ -547,6 +583,8 @@ class SecAggExchange:
             with books_refusing(books, name):
                 request, found = of[name]
                 found.take_masked(name, *_read_masked(content, request))
+                said = content.config_records[wire.REPLY]
+                books.told[name] = {k: v for k in wire.TOLD if isinstance(v := said.get(k), float) and 0 <= v < 1e12}
         return tallies
 
     def _settled(
@@ -563,7 +601,8 @@ class SecAggExchange:
         self._store.expect(about, agreed)
         self._unmask(agreed, ask, books)
         fresh = self._sums_of(agreed, books)
-        self._store.keep(about, [*known, *fresh])
+        late = [p for p in agreed if not p.tally.is_recoverable]
+        self._store.keep(about, [*known, *fresh], late=late)
         return fresh
 
     def _finished(
@@ -577,12 +616,12 @@ class SecAggExchange:
         self._unmask(pending, ask, books)
         complete = [p for p in pending if p.tally.is_recoverable]
         for p in (p for p in pending if not p.tally.is_recoverable):
-            log(INFO, "secure aggregation: what %s masked before a crash cannot be unmasked any more", p.group)
+            log(INFO, "secure aggregation: what %s masked before cannot be unmasked any more", p.group)
             for name in p.names:
                 books.refusals.pop(name, None)  # they are asked again, with other keys
         sums = self._sums_of(complete, books)
         if sums:
-            self._store.keep(about, [*also, *sums])
+            self._store.keep(about, [*also, *sums], late=[p for p in pending if p not in complete])
         return sums
 
     def _agree(self, pending: Sequence[Pending], ask: Ask, books: _Books) -> None:
@@ -677,7 +716,7 @@ class SecAggExchange:
             found.append(self._group(known, request, books.nodes))
         there = {name for group in found for name in group.members}
         for group in (g for g in groups if not there & set(g)):
-            found.append(_lost(group, self.pins, books, drawn=groups[group] is not None))
+            found.append(self._lost(group, books, drawn=groups[group] is not None))
         survivors = sorted({name for group in found for name in group.survivors})
         for name in survivors:
             if books.refusals.get(name, _NOTHING).reason in _EXCUSED:
@@ -691,7 +730,9 @@ class SecAggExchange:
             updates_nd=updates_nd[: len(rows)],
             rows=tuple(rows),
             updates=tuple(
-                Update(n, None, 0, {}, size_bytes=up.get(n, 0), seconds=books.node_seconds.get(n, 0.0))
+                Update(
+                    n, None, 0, books.told.get(n, {}), size_bytes=up.get(n, 0), seconds=books.node_seconds.get(n, 0.0)
+                )
                 for n in survivors
             ),
             refusals=(*(books.refusals[name] for name in sorted(books.refusals)), *books.strays),
@@ -702,6 +743,13 @@ class SecAggExchange:
             node_seconds=books.node_seconds,
             groups=tuple(sorted(found, key=lambda group: group.members)),
         )
+
+    def _lost(self, group: tuple[str, ...], books: _Books, *, drawn: bool) -> GroupSum:
+        """A group without a sum, why, and whether a liar is to blame."""
+        refusals = [books.refusals[name] for name in group if name in books.refusals]
+        lied = any(r.reason in suspicion.LIES for r in refusals) or any(name in self._convicted for name in group)
+        why = books.lost.get(group, "nobody of it was asked or answered")
+        return GroupSum(self.pins[group[0]].group, group, lost=why, lost_to_liar=lied, drawn=drawn)
 
     def _group(self, known: KnownSum, request: Request, nodes: Mapping[str, NodeInfo]) -> GroupSum:
         """What is known of a group with a sum; counts that its registered rows cannot have are left out."""
@@ -775,6 +823,12 @@ def _masking(request: Request) -> Masking:
     return request.masking
 
 
+def _limits_of(cohort: Sequence[NodeInfo], default: int) -> Limits:
+    """The most rows that any node registered: to train on, and of all."""
+    examples = max((node.num_examples or 0 for node in cohort), default=0)
+    return Limits(examples, max((_rows(node, "train", default) for node in cohort), default=0))
+
+
 def _rows(node: NodeInfo, purpose: str, default: int) -> int:
     """The most rows that a node can have scored, or looked at for statistics."""
     registered = node.num_examples if purpose == "statistics" else node.num_rows
@@ -792,7 +846,8 @@ def _read_masked(content: RecordDict, request: Request) -> tuple[Signed, Any, An
     if set(content) != {wire.ARRAYS, wire.REPLY}:
         raise WireError("wrong_records", f"records {sorted(str(r)[:60] for r in content)[:4]}: masked replies have two")
     said, arrays = content.config_records[wire.REPLY], content.array_records[wire.ARRAYS]
-    if set(said) != {wire.REQUEST, "payload", "signature"} or said[wire.REQUEST] != request.digest:
+    told = {key for key in said if key not in wire.TOLD}
+    if told != {wire.REQUEST, "payload", "signature"} or said[wire.REQUEST] != request.digest:
         raise WireError("wrong_request", f"the reply names request {str(said.get(wire.REQUEST))[:12]}")
     if set(arrays) != {wire.UPDATE, wire.COUNTS}:
         raise WireError(
@@ -834,11 +889,3 @@ def _failed(known: KnownSum) -> int:
     except SecAggError:
         return 0
     return int(found.get(counts.FAILED, 0))
-
-
-def _lost(group: tuple[str, ...], pins: Mapping[str, Member], books: _Books, *, drawn: bool) -> GroupSum:
-    """A group without a sum, and whether a liar is to blame."""
-    of = [books.refusals[name] for name in group if name in books.refusals]
-    liars = [r for r in of if r.reason in suspicion.LIES]
-    why = next((r.evidence for r in of if r.reason == "group_lost"), "nobody of it was asked or answered")
-    return GroupSum(pins[group[0]].group, group, lost=why, lost_to_liar=bool(liars), drawn=drawn)

@@ -81,6 +81,8 @@ class RoundStrategy(Strategy):
     """Under secure aggregation: a row is a group's."""
     cohort_rounds: int = 1
     """Rounds that a drawn cohort is asked for: an epoch of secure aggregation."""
+    measures: bool = True
+    """Whether nodes score the params they are sent: under differential privacy exact scores do not leave them."""
     tunes: bool = False
     """Whether nodes that train also test the last version fine-tuned on their own rows."""
     node_config: Mapping[str, Any] = field(default_factory=dict)
@@ -105,8 +107,11 @@ class RoundStrategy(Strategy):
         while state.round < rounds:
             state, record = self.round(state, nodes, ask)
             self._commit(state, record)
-        state, record = self.close(state, nodes, ask)
-        self._commit(state, record)
+            if records.exhausted(record):
+                break  # nobody has any budget left: the last model is the result
+        if self.measures:
+            state, record = self.close(state, nodes, ask)
+            self._commit(state, record)
         return state
 
     def round(self, state: ServerState, nodes: Sequence[NodeInfo], ask: Ask) -> tuple[ServerState, RoundRecord]:
@@ -122,7 +127,7 @@ class RoundStrategy(Strategy):
         collected = self.exchange.collect(request, cohort, ask, base=state.params)
         # a liar that was named went with its group
         num_byzantine = max(num_byzantine - collected.liars_out, 0)
-        judged = self._judge(state, judges, ask, splits=("validation",)) if judges else None
+        judged = self._judge(state, judges, ask, splits=("validation",)) if judges and self.measures else None
 
         stepped = time.perf_counter()
         after, aggregated, closed = self._step(state, collected, num_byzantine)
@@ -156,7 +161,9 @@ class RoundStrategy(Strategy):
         judged = self._judge(state, cohort, ask, splits=splits)
         request = self.request(state, cohort, purpose="evaluate", splits=splits)
         record = records.record(request, state, state, cohort, judged, None, self.scoring, started_at)
-        record = replace(record, seconds={**judged.seconds, "total": sum(judged.seconds.values())})
+        lost = [group for group in judged.groups or () if group.lost is not None]
+        closed = f"no sum of {lost[0].name}: {lost[0].lost}" if lost and not judged.updates else None
+        record = replace(record, closed=closed, seconds={**judged.seconds, "total": sum(judged.seconds.values())})
         return replace(state, best=records.best(self.scoring, state, record)), record
 
     def request(
@@ -175,7 +182,7 @@ class RoundStrategy(Strategy):
             base=digest(state.params),
             config=self.node_config,
             members=tuple(n.name for n in cohort),
-            splits=splits,
+            splits=splits if self.measures else (),
         )
 
     def _cohort(self, state: ServerState, trainers: Sequence[NodeInfo]) -> list[NodeInfo]:

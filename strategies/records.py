@@ -23,6 +23,7 @@ from trellis.types import (
     Update,
 )
 from trellis.vectors import digest, norm
+from trellis.wire import EPSILON, NOISE, TOLD
 
 SPLIT_PREFIX = {"validation": "val", "test": "test", "test_tuned": "test_tuned"}
 
@@ -67,7 +68,9 @@ def record(
         answered=tuple(sorted(u.node for u in updates)),
         refusals=refusals,
         base_metrics={**_means(collected), **score(scoring, counted(collected, judged))},
-        node_metrics={u.node: {**u.metrics, **score(scoring, [u])} for u in updates} if clear else {},
+        node_metrics={u.node: {**_own(u.metrics), **score(scoring, [u])} for u in updates} if clear else {},
+        epsilon={u.node: u.metrics[EPSILON] for u in updates if EPSILON in u.metrics},
+        noise_multipliers={u.node: u.metrics[NOISE] for u in updates if NOISE in u.metrics},
         num_examples={u.node: u.num_examples for u in updates} if clear else {},
         update_norms={row.members[0]: _norm(row, norms) for row in collected.rows} if clear else {},
         bytes_up=collected.bytes_up + (judged.bytes_up if judged else 0),
@@ -77,6 +80,17 @@ def record(
         stragglers=stragglers(collected),
         groups=None if clear else groups(collected, judged),
     )
+
+
+def exhausted(record: RoundRecord) -> bool:
+    """Whether nobody answered, and everybody who was asked refused for lack of budget."""
+    without = {refusal.node for refusal in record.refusals if refusal.reason == "policy.budget"}
+    return bool(record.asked) and set(record.asked) <= without
+
+
+def _own(metrics: Mapping[str, float]) -> dict[str, float]:
+    """A node's metrics without what it says of its budget, which has places of its own."""
+    return {k: v for k, v in metrics.items() if k not in TOLD}
 
 
 def counted(*many: Collected | None) -> list[Mapping[str, Counts]]:
@@ -182,7 +196,7 @@ def weights(collected: Collected, aggregated: Aggregated | None) -> dict[str, fl
 
 def mean_metrics(updates: Sequence[Update]) -> dict[str, float]:
     """Unweighted mean, over the updates that have it, of each metric that more than half of them have."""
-    reported = Counter(k for u in updates for k in u.metrics)
+    reported = Counter(k for u in updates for k in _own(u.metrics))
     common = sorted(k for k, times in reported.items() if 2 * times > len(updates))
     return {k: float(np.mean([u.metrics[k] for u in updates if k in u.metrics])) for k in common}
 

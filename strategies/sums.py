@@ -7,6 +7,7 @@ again, by a round that closed without a step or after a crash before the commit.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from trellis.identity import Member
 from trellis.secagg import tally
 from trellis.secagg.tally import Tally
 from trellis.types import Masking
+
+DIGEST_BYTES = 32
 
 Words = npt.NDArray[Any]
 
@@ -41,6 +44,16 @@ class KnownSum:
     masking: Masking
     update: Words
     counts: Words
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What is the same in all rounds of a run: the most rows that a node of the first cohort registered."""
+
+    examples: int
+    """To train on."""
+    rows: int
+    """Of all."""
 
 
 @dataclass(slots=True)
@@ -66,6 +79,20 @@ class Sums:
 
     folder: Path | None = None
     _known: dict[str, list[KnownSum]] = field(default_factory=dict)
+    _late: dict[str, list[Pending]] = field(default_factory=dict)
+
+    def limits(self, purpose: str, found: Limits) -> Limits:
+        """Those the run began with, or these, which it begins with now.  Statistics come before a run's limits."""
+        if self.folder is None or purpose == "statistics":
+            return found
+        data = self._read("limits.json")
+        if data is not None:
+            try:
+                return Limits(**json.loads(data))
+            except (ValueError, TypeError) as error:
+                raise ResumeError(f"{self.folder}/limits.json is damaged: {error}") from error
+        durable.write_atomically(self.folder / "limits.json", json.dumps(asdict(found)).encode())
+        return found
 
     def known(self, about: str) -> list[KnownSum]:
         """Sums of this purpose and base.  Raises ResumeError when their file is damaged."""
@@ -74,16 +101,21 @@ class Sums:
             self._known[about] = _read_known(data) if data is not None else []
         return self._known[about]
 
-    def keep(self, about: str, sums: Sequence[KnownSum]) -> None:
-        """These are the sums of this purpose and base now; what is about another base is forgotten."""
-        self._known = {about: list(sums)}
+    def keep(self, about: str, sums: Sequence[KnownSum], *, late: Sequence[Pending] = ()) -> None:
+        """These are the sums of this purpose and base now, and those whose shares are late.
+
+        What is about another base is forgotten.
+        """
+        base = about.rpartition("-")[2]
+        self._known = {k: v for k, v in self._known.items() if k.endswith(base)} | {about: list(sums)}
+        self._late = {k: v for k, v in self._late.items() if k.endswith(base)} | {about: list(late)}
         if self.folder is not None:
             durable.write_atomically(self.folder / f"{about}.sums", _packed([_known_head(s) for s in sums], sums))
-            base = about.rpartition("-")[2]
             for path in self.folder.glob("*"):
                 if path.suffix in (".sums", ".pending") and not path.stem.endswith(base):
                     path.unlink(missing_ok=True)
             (self.folder / f"{about}.pending").unlink(missing_ok=True)
+            self.expect(about, late)
 
     def expect(self, about: str, pending: Sequence[Pending]) -> None:
         """Write down what is about to be unmasked."""
@@ -91,13 +123,16 @@ class Sums:
             durable.write_atomically(self.folder / f"{about}.pending", _packed_pending(pending))
 
     def pending(self, about: str, pins: Mapping[str, Member]) -> list[Pending]:
-        """What was about to be unmasked when a process died.  Raises ResumeError when its file is damaged."""
+        """What was about to be unmasked when a process died, or lacked shares.  Raises ResumeError when its file is
+        damaged."""
+        if about in self._late:
+            return self._late[about]
         data = self._read(f"{about}.pending")
         if data is None:
             return []
         try:
             return _read_pending(data, pins)
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
             raise ResumeError(f"{self.folder}/{about}.pending is damaged: {error}") from error
 
     def _read(self, name: str) -> bytes | None:
@@ -112,10 +147,14 @@ class Sums:
 
 def _framed(head: Any, blobs: Sequence[bytes]) -> bytes:
     encoded = json.dumps({"head": head, "sizes": [len(blob) for blob in blobs]}).encode()
-    return struct.pack("<Q", len(encoded)) + encoded + b"".join(blobs)
+    body = struct.pack("<Q", len(encoded)) + encoded + b"".join(blobs)
+    return hashlib.sha256(body).digest() + body
 
 
 def _unframed(data: bytes) -> tuple[Any, list[bytes]]:
+    told, data = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    if hashlib.sha256(data).digest() != told:
+        raise ValueError("its digest is another")
     (size,) = struct.unpack("<Q", data[:8])
     found = json.loads(data[8 : 8 + size])
     at, blobs = 8 + size, []
@@ -154,7 +193,7 @@ def _read_known(data: bytes) -> list[KnownSum]:
                 KnownSum(**head, names=names, survivors=survivors, masking=masking, update=words[0], counts=words[1])
             )
         return found
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise ResumeError(f"a file of sums is damaged: {error}") from error
 
 

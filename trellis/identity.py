@@ -136,6 +136,9 @@ def load_members(path: Path) -> tuple[Member, ...]:
 def _member(entry: Mapping[str, Any]) -> Member:
     if not isinstance(entry, dict) or not {"name", "organisation", "public_key"} <= set(entry):
         raise ValueError(f"a member needs name, organisation and public_key, found {entry!r}")
+    unknown = sorted(set(map(str, entry)) - {"name", "organisation", "public_key", "group", "role"})
+    if unknown:
+        raise ValueError(f"{entry['name']!r} has {unknown}, which nobody knows")
     odd = [key for key, value in entry.items() if not isinstance(value, str)]
     if odd:  # YAML reads `no` as false, and digits as a number
         raise ValueError(f"{odd} of {entry['name']!r} are no texts: put them in quotes")

@@ -40,6 +40,7 @@ POLICY_CODES = {
     "policy.protocol": 1004,
     "policy.identity": 1005,
     "policy.secagg": 1006,
+    "policy.budget": 1007,
 }
 """Reasons for which a node refuses a request, and the code of Flower's error reply that carries each."""
 
@@ -79,6 +80,16 @@ class Privacy(StrEnum):
     def protects(self) -> frozenset[str]:
         """What the mode guarantees to a node."""
         return _PROTECTS[self]
+
+    @property
+    def trains_privately(self) -> bool:
+        """Whether nodes train by DP-SGD: what a single row adds is hidden in noise."""
+        return "example_level" in self.protects
+
+    @property
+    def noises(self) -> bool:
+        """Whether the mode has noise, and needs to be told how much."""
+        return "released_model" in self.protects
 
     @property
     def masks(self) -> bool:
@@ -433,6 +444,9 @@ class RoundRecord:
     weights: Mapping[str, float] = field(default_factory=dict)
     aggregate_norm: float = 0.0
     epsilon: Mapping[str, float] = field(default_factory=dict)
+    """By node, all that was ever spent on its data, at its own delta; not of nodes that hide it."""
+    noise_multipliers: Mapping[str, float] = field(default_factory=dict)
+    """By node, the noise of this round's training."""
     findings: Mapping[str, float] = field(default_factory=dict)
     suspicion: Mapping[str, float] = field(default_factory=dict)
     """Evidence against each node so far, as a log-likelihood ratio; empty without a detector."""

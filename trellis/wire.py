@@ -38,6 +38,9 @@ UPDATE = "update"
 """The masked update among the arrays of a masked reply."""
 ROUND, REQUEST, NODE_CONFIG = "server-round", "request", "node-config"
 NUM_EXAMPLES, NUM_ROWS = "num-examples", "num-rows"
+EPSILON, NOISE = "privacy/epsilon", "privacy/noise_multiplier"
+TOLD = frozenset({EPSILON, NOISE})
+"""What a node tells of its budget, among its metrics: all that was spent on its data, and the noise of the round."""
 SCHEMA = "schema"
 """Digest of the columns that the sector declares, in an enrolment."""
 HEADER_BYTES = 1024
@@ -141,7 +144,7 @@ def read_request(message: Message) -> Request | None:
         return None
     try:
         return _parsed(cast(str, config[REQUEST]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise WireError("wrong_request", f"cannot read the request: {error!r}") from error
 
 

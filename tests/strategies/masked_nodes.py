@@ -6,12 +6,16 @@ Flower's convention: params and metrics.  A test plays liars by changing what a 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -40,6 +44,31 @@ CLIP = 10.0
 
 Lie = Callable[[RecordDict], RecordDict | Error]
 Tamper = Callable[[RecordDict], RecordDict]
+
+
+QUANTISED: dict[tuple[bytes, int], tuple[Any, int]] = {}
+"""By update and weight: the words that a node masked last, and their scale."""
+
+
+@contextmanager
+def light() -> Iterator[None]:
+    """Every update is written down as it was rounded.
+
+    And what would take longer than everything else: YAML is parsed once, and nothing waits for the disk.
+    """
+    rounded = quantise.quantise
+
+    def watched(update: Any, *, weight: int, scale: int, dtype: Any, **options: Any) -> Any:
+        found = rounded(update, weight=weight, scale=scale, dtype=dtype, **options)
+        QUANTISED[update.tobytes(), weight] = found[0].copy(), scale
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantise, "quantise", watched)
+        patch.setattr(own_identity, "_from_file", lru_cache(own_identity._from_file))
+        patch.setattr(identity, "load_members", lru_cache(identity.load_members))
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @dataclass(frozen=True)
@@ -173,31 +202,20 @@ class Federation:
 
     # ------------------------------------------------------------ what must come out
 
-    def words(self, name: str, *, round: int = 1, weight: int = 1, scale: int | None = None, bits: int = 32) -> Any:
-        """One node's update as it is before it is masked."""
-        update = Layout.of(self.base).subtract(self.moved(name, round), self.base)
-        rng = np.random.default_rng(canonical.seed_for(5, "round", digest(self.base), name))
-        scale = self.scale(name) if scale is None else scale
-        return quantise.quantise(
-            update, clip_norm=CLIP, weight=weight, scale=scale, dtype=np.dtype(f"uint{bits}"), rng=rng
-        )[0]
+    def words(self, name: str, *, round: int = 1, weight: int = 1) -> tuple[Any, int]:
+        """One node's update as it is before it is masked, what `light` saw being rounded; and its scale."""
+        return QUANTISED[Layout.of(self.base).subtract(self.moved(name, round), self.base).tobytes(), weight]
 
-    def scale(self, name: str) -> int:
-        """Of whole groups, whoever is missing."""
-        return quantise.scale_for(len(GROUPS[name[0]]), CLIP, 1)
-
-    def plain_sum(self, names: Sequence[str], **options: Any) -> Any:
-        """The sum of their words in clear."""
-        words = [self.words(n, **options) for n in names]
-        with np.errstate(over="ignore"):
-            return sum(words[1:], start=words[0])
-
-    def plain_mean(self, names: Sequence[str], *, round: int = 1, scale: int | None = None) -> Any:
-        """The row that a sum in clear would give, all weights 1."""
-        scale, n = self.scale(names[0]) if scale is None else scale, len(names)
-        most = quantise.largest_sum(n, CLIP, scale, n)
-        total = self.plain_sum(names, round=round, scale=scale)
-        return quantise.dequantise(total, scale=scale, total_weight=n, num_members=n, most=most)
+    def plain_mean(
+        self, names: Sequence[str], *, round: int = 1, weights: Sequence[int] | None = None, of: int | None = None
+    ) -> Any:
+        """The row that a sum in clear would give, over `of` where some of them count for nothing."""
+        weights = weights or [1] * len(names)
+        found = [self.words(n, round=round, weight=w) for n, w in zip(names, weights, strict=True)]
+        (scale,) = {scale for _, scale in found}
+        signed = {np.dtype(np.uint32): np.int32, np.dtype(np.uint64): np.int64}
+        total = sum(words.view(signed[words.dtype]).astype(np.int64) for words, _ in found)
+        return (total / float(scale * (of or sum(weights)))).astype(np.float32)
 
     # ------------------------------------------------------------ the nodes
 
@@ -244,7 +262,7 @@ def stage_of(message: Message) -> str:
     """What a message asks: a stage of the protocol, or a round's "request"."""
     if "config" in message.content.config_records:
         return "request"
-    return str(message.content.config_records["secagg"]["stage"])
+    return str(message.content.config_records.get("secagg", ConfigRecord()).get("stage", ""))
 
 
 def with_fields(**fields: Any) -> Lie:

@@ -18,6 +18,7 @@ COMMANDS = {
     "simulate": "train a federation on this machine from a configuration",
     "sectors": "the tasks, their data and metrics",
     "nodes": "the nodes of a federation (`trellis nodes show`)",
+    "privacy": "what differential privacy costs, and what was spent",
     "identity": "make or show a node's identity key",
     "compare": "runs side by side",
     "ui": "open the MLflow UI on the recorded runs",

@@ -168,6 +168,7 @@ def _cells(r: RunResult) -> dict[str, str]:
         "best round": f"{r.best['round']} (validation {r.best['value']:.4f})" if r.best else "-",
         "attack": _attack(r.attack),
         "masked": _groups(r.secagg),
+        "epsilon": "-" if r.epsilon_max is None else f"{r.epsilon_max:.3g} (the most of any node)",
         "refused": str(len(r.refusals)),
         "up, down": f"{_size(r.bytes_up)}, {_size(r.bytes_down)}",
         "seconds": f"{r.seconds:.1f}",
@@ -214,6 +215,8 @@ def _advise(r: RunResult, out: Console) -> None:
     def line(text: str) -> None:
         out.print(plain(text), soft_wrap=True)
 
+    if r.primary_metric.get("measured_by") == "simulation":
+        line("metrics    by the simulation, which sees the rows: under differential privacy no node releases them")
     if r.baselines:
         name = r.primary_metric["name"]
         pooled = r.baselines["pooled"].get(name)

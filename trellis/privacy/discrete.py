@@ -99,20 +99,19 @@ def l2_sensitivity(clip_norm: float, scale: int, dim: int) -> float:
     """Euclidean length, in units, that no clipped and rounded update exceeds: clip_norm scale + sqrt(dim).
 
     x = y + e where y is the clipped update in units, |y| <= clip_norm scale, and rounding moves a coordinate by at most
-    1, |e| <= sqrt(dim), whatever the draws: x has the length of the sum at most.  2^-32 of the first term is added for
-    float64 in `quantise` (1e-11 in the norm, 2^-53 an operation).  With weights `clip_norm` is W C.
+    1, |e| <= sqrt(dim), whatever the draws; |x| <= |y| + |e|.  2^-32 of the first term is added for float64 in
+    `quantise` (1e-11 in the norm, 2^-53 an operation).  With weights `clip_norm` is W C.
     """
     _require_update(clip_norm, scale, dim)
     return clip_norm * scale * (1 + 2.0**-32) + math.sqrt(dim)
 
 
 def l1_sensitivity(clip_norm: float, scale: int, dim: int) -> float:
-    """Sum of absolute values, in units, that no clipped and rounded update exceeds: min(sqrt(dim) l2, l2^2).
+    """Sum of absolute values, in units, that no clipped and rounded update exceeds: sqrt(dim) times `l2_sensitivity`.
 
-    Cauchy and Schwarz: |x|_1 <= sqrt(dim) |x|_2.  And |x_i| <= x_i^2 for integers.
+    Cauchy and Schwarz: |x|_1 <= sqrt(dim) |x|_2.  That integers have |x|_1 <= |x|_2^2 is no better: l2 >= sqrt(dim).
     """
-    l2 = l2_sensitivity(clip_norm, scale, dim)
-    return min(math.sqrt(dim) * l2, l2 * l2)
+    return math.sqrt(dim) * l2_sensitivity(clip_norm, scale, dim)
 
 
 # ---------------------------------------------------------------- what it costs
@@ -124,7 +123,7 @@ def rdp_skellam(alpha: npt.ArrayLike, *, l1: float, l2: float, variance: float) 
         alpha l2^2 / (2 v) + min(((2 alpha - 1) l2^2 + 6 l1) / (4 v^2), 3 l1 / (2 v))
 
     Agarwal, Kairouz, Liu, Theorem 3.5 (a coordinate) and Corollary 3.6 (vectors); v is the variance there, too.  The
-    first term is the Gaussian's; for integers, l1 <= l2^2, the second is at most 2.25 / v of it.  inf without noise.
+    first term is the Gaussian's; with l1 <= l2^2 the second is at most 2.25 / v of it.  inf without noise.
     """
     order = np.asarray(alpha, np.float64)
     if not (order >= 2).all() or not (order == np.floor(order)).all():

@@ -6,10 +6,13 @@ set of survivors.  What is remembered is no secret, and it is written down befor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Protocol
 
+from trellis import canonical
 from trellis.errors import SecAggError
 from trellis.types import Masking, Request, Threat
 
@@ -51,7 +54,7 @@ class Terms:
     dropping: float = 0.1
     """In a sparse graph, shares of the members that may: they give the least number of neighbours."""
     fixed_survivors: bool = False
-    """Whether a run gets sums over one set of survivors only, a member that is missing costing the group the round."""
+    """Whether a group gives sums over one set of survivors only, a member that is missing costing it the round."""
     code_is_pinned: bool = False
     """Whether this site runs only code that it has approved."""
 
@@ -59,9 +62,9 @@ class Terms:
 PURPOSES = {"train": ("validation",), "evaluate": ("validation", "test", "test_tuned"), "statistics": ("train",)}
 """What a masked request may be for, and on which splits.  Test rows are scored once a base, in an evaluation."""
 
-MAX_STEPS = 2.0**31
-"""Steps within the clip norm where updates are weighed: finer ones leave digits free, in which the update of a smaller
-weight could be read."""
+MAX_STEPS = 2**24
+"""Steps within the clip norm where updates are weighed: more than a float32 has leave digits free, in which the update
+of a smaller weight could be read."""
 
 
 def base_of(request: Request) -> str:
@@ -69,8 +72,9 @@ def base_of(request: Request) -> str:
 
     Statistics are of the data, whatever params come with the question.  Raises SecAggError for anything else.
     """
-    if not set(request.splits) <= set(PURPOSES.get(request.purpose, ())) or request.purpose not in PURPOSES:
-        raise SecAggError(DENIED, f"nothing is masked for {request.purpose!r} on {list(request.splits)[:4]}")
+    purpose, splits = str(request.purpose), [str(split) for split in request.splits]
+    if not set(splits) <= set(PURPOSES.get(purpose, ())) or purpose not in PURPOSES:
+        raise SecAggError(DENIED, f"nothing is masked for {purpose[:40]!r} on {splits[:4]}")
     if request.purpose == "statistics":
         return f"statistics:{request.config.get('sector', '')}"
     return f"{request.purpose}:{request.base}"
@@ -81,13 +85,14 @@ def require_weights(terms: Terms, masking: Masking) -> None:
     weights = [w for w in masking.weights if w]
     if min(masking.weights, default=0) < 0 or not weights:
         raise SecAggError(DENIED, "weights are whole numbers, none below 0, not all 0")
-    ratio = max(weights) / min(weights)
-    if ratio > terms.max_weight_ratio:
-        raise SecAggError(
-            DENIED, f"one update weighs {ratio:.4g} times another, the site allows {terms.max_weight_ratio:g}"
-        )
-    if ratio > 1 and masking.scale * masking.clip_norm > MAX_STEPS:
-        raise SecAggError(DENIED, f"weighed updates in {masking.scale} steps: the finest digits would tell single ones")
+    if len(set(masking.weights)) == 1:
+        return
+    # in whole numbers: a server may name any
+    most, allowed = Fraction(max(weights), min(weights)), terms.max_weight_ratio
+    if allowed == 1 or (math.isfinite(allowed) and most > Fraction(allowed)):
+        raise SecAggError(DENIED, f"updates do not weigh the same, and the site allows a ratio of {allowed:g}")
+    if not math.isfinite(masking.clip_norm) or masking.scale * Fraction(masking.clip_norm) > MAX_STEPS:
+        raise SecAggError(DENIED, "weighed updates in so many steps: the finest digits would tell single ones")
 
 
 def require_shared_weight(terms: Terms, weights: Mapping[str, int], survivors: Sequence[str]) -> tuple[str, ...]:
@@ -104,11 +109,33 @@ def require_shared_weight(terms: Terms, weights: Mapping[str, int], survivors: S
     return tuple(name for name in survivors if weights[name])
 
 
-def settings_of(masking: Masking) -> list[Any]:
-    """What must stay the same in a run: with other clipping or other weights, the difference of two sums tells whose
-    update was clipped or weighed."""
+DATA = ("sector", "options", "data", "num_parts", "holds_out")
+"""Of a node config, what statistics depend on; how a model is trained is no matter of theirs."""
+
+
+def settings_of(request: Request) -> list[Any]:
+    """What must stay the same: with other clipping, limits, weights or training, the difference of two sums tells whose
+    update was clipped, cut off, weighed, or trained on a row less."""
+    masking = request.masking
+    assert masking is not None
     weights = sorted(zip(masking.members, masking.weights, strict=True)) if len(set(masking.weights)) > 1 else []
-    return [masking.clip_norm, masking.scale, masking.dtype, [list(pair) for pair in weights]]
+    limits = [[c.name, list(c.shape), c.dtype, c.exponent, c.most] for c in masking.counts]
+    how = [masking.clip_norm, masking.scale, masking.dtype, limits]
+    return [canonical.digest([how, _config_of(request)]), [list(pair) for pair in weights]]
+
+
+def _config_of(request: Request) -> dict[str, Any]:
+    """What a node config says of the numbers that are summed."""
+    config = {k: v for k, v in request.config.items() if k != "dp"}
+    planned = request.config.get("dp")
+    if isinstance(planned, dict):  # a run may be lengthened
+        config["dp"] = {k: v for k, v in planned.items() if k != "rounds"}
+    if request.purpose != "statistics":
+        return config
+    training = config.get("training")
+    most = training.get("max_examples") if isinstance(training, dict) else None
+    chosen = {} if most is None else {"max_examples": most, "seed": config.get("seed")}  # of more rows these are drawn
+    return {**{k: config[k] for k in DATA if k in config}, **chosen}
 
 
 def require_new(
@@ -120,7 +147,6 @@ def require_new(
     index: int,
     base: str,
     members: Sequence[str],
-    drawn: bool,
     settings: Sequence[Any],
 ) -> None:
     """Raises SecAggError where a vector may not be masked, for what was masked and answered before."""
@@ -138,17 +164,23 @@ def require_new(
                 "this base was masked in another group, and two sums would tell them apart; another seed gives another "
                 "base",
             )
-        same_kind = fact["run"] == run and fact["drawn"] == drawn and fact["purpose"] == base.partition(":")[0]
-        if same_kind and not _agree(fact["settings"], settings):
-            raise SecAggError(DENIED, "clipping, scale or weights are not those that this run began with")
+        # a run is a word of the server's: who gives sums over one set only gives them in one way, too
+        fixed = terms.fixed_survivors and fact["members"] == list(members)
+        same = fact["purpose"] == base.partition(":")[0] and (fact["run"] == run or repeats or fixed)
+        if same and not _agree(fact["settings"], settings):
+            raise SecAggError(
+                DENIED,
+                "clipping, limits, weights or training are not those that this run began with, or that this base was "
+                "answered with before; another seed gives another base",
+            )
 
 
 def _agree(before: Sequence[Any], now: Sequence[Any]) -> bool:
     """Whether settings are the same, weights for the members that both are about."""
-    known, told = dict(before[3]), dict(now[3])
+    known, told = dict(before[1]), dict(now[1])
     both = set(known) & set(told)
     # where only one of two names weights, all are the same in the other
-    return list(before[:3]) == list(now[:3]) and bool(known) == bool(told) and all(known[n] == told[n] for n in both)
+    return before[0] == now[0] and bool(known) == bool(told) and all(known[n] == told[n] for n in both)
 
 
 def require_same_survivors(
@@ -164,18 +196,22 @@ def require_same_survivors(
                 "this base was answered for other survivors: the two sums would tell them apart; another seed gives "
                 "another base",
             )
-        fixed = terms.fixed_survivors and fact["run"] == run and fact["members"] == list(members)
+        # whatever the run is called: that is a word of the server's
+        fixed = terms.fixed_survivors and fact["members"] == list(members)
         if fixed and others:
-            raise SecAggError(DENIED, "this run was answered for other survivors, and the site allows one set a run")
+            raise SecAggError(DENIED, "this group was answered for other survivors, and the site allows one set")
 
 
-def require_few_draws(journal: Journal, terms: Terms) -> None:
-    """Raises SecAggError where groups were drawn too often since a sum came of a draw."""
-    facts = journal.facts()
-    answered = {f["epoch"] for f in facts if f["fact"] == "answered"}
-    in_a_row = 0
-    for fact in (f for f in facts if f["fact"] == "drew"):
-        in_a_row = 0 if fact["epoch"] in answered else in_a_row + 1
+def require_few_draws(journal: Journal, terms: Terms, epoch: str) -> None:
+    """Raises SecAggError where groups were drawn too often since a sum came of a draw, or for this epoch already."""
+    in_a_row, drawn, facts = 0, set[str](), journal.facts()
+    if any(fact["epoch"] == epoch for fact in facts):
+        raise SecAggError(DENIED, "this epoch is known: groups are drawn once for an epoch")
+    for fact in facts:
+        if fact["fact"] == "drew":
+            in_a_row, drawn = in_a_row + 1, drawn | {fact["epoch"]}
+        elif fact["fact"] == "answered" and fact["drawn"] and fact["epoch"] in drawn:
+            in_a_row, drawn = 0, set()
     if in_a_row >= terms.max_draws:
         raise SecAggError(DENIED, f"groups were drawn {in_a_row} times, and nothing came of it: no more draws")
 

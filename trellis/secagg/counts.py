@@ -24,6 +24,10 @@ LOSS, CLIPPED, FAILED = "train_loss", "num_clipped", "num_failed"
 """Sums beside the splits': of the members' training losses, and how many of their updates were clipped, or are zeros
 because their app failed."""
 
+MAX_SIZE = 1 << 22
+"""Words of one count."""
+DTYPES = frozenset({"int32", "int64", "uint32", "uint64", "float32", "float64"})
+
 Word = npt.NDArray[np.uint64]
 
 
@@ -60,6 +64,8 @@ def encode(fields: Sequence[CountField], values: Mapping[str, Any]) -> Word:
     Never refuses: a count above what is told, or not finite, is brought within 0 and `most`, since an error would tell
     the server which rows a node has.
     """
+    for field in fields:
+        _require(field)
     words = np.zeros(size(fields), np.uint64)
     at = 0
     for field in fields:
@@ -72,9 +78,13 @@ def encode(fields: Sequence[CountField], values: Mapping[str, Any]) -> Word:
 
 def _scaled(field: CountField, value: Any) -> Word:
     most = min(math.ldexp(field.most, -field.exponent), 2.0**BITS)
-    scaled: npt.NDArray[Any] = np.asarray(value, np.int64)
-    if _floating(field):
-        numbers = np.nan_to_num(np.asarray(value, np.float64), nan=field.most, posinf=field.most, neginf=0.0)
+    try:
+        scaled: npt.NDArray[Any] = np.asarray(value)
+        scaled = scaled if np.issubdtype(scaled.dtype, np.integer) else scaled.astype(np.float64)
+    except (TypeError, ValueError, OverflowError):  # no number at all
+        scaled = np.full(field.shape, field.most)
+    if _floating(field) or not np.issubdtype(scaled.dtype, np.integer):
+        numbers = np.nan_to_num(scaled.astype(np.float64), nan=field.most, posinf=field.most, neginf=0.0)
         scaled = np.rint(np.ldexp(numbers, -field.exponent))
     words: Word = np.clip(scaled, 0, int(most)).astype(np.uint64)
     return words
@@ -108,6 +118,16 @@ def by_split(values: Mapping[str, npt.NDArray[Any]]) -> tuple[dict[str, Counts],
         else:
             others[name] = float(value)
     return counts, others
+
+
+def _require(field: CountField) -> None:
+    """Raises SecAggError("counts") for a field that nothing could be told in, whether or not there is anything."""
+    known = field.dtype in DTYPES and all(n >= 0 for n in field.shape) and field.size <= MAX_SIZE
+    told = -1000 <= field.exponent <= 1000 and 0 <= field.most <= 2.0**64
+    if not known or not told or field.most > math.ldexp(1.0, field.exponent + BITS + 1):
+        raise SecAggError(
+            "counts", f"no count can be told as {field.name[:40]!r}: {field.dtype[:20]}, 2^{field.exponent}"
+        )
 
 
 def _floating(field: CountField) -> bool:

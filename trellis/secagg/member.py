@@ -116,7 +116,7 @@ class Member:
                 raise SecAggError(DENIED, f"groups of {asked.group_size} among {len(asked.names)} members")
             if asked.names != roster.pool(self.name, {**self.pins, self.name: self._pin(self.name)}):
                 raise SecAggError(DENIED, "groups are drawn among all members that are pinned, and no others")
-            consent.require_few_draws(self.journal, self.terms)
+            consent.require_few_draws(self.journal, self.terms, asked.epoch)
             self.journal.add({"fact": "drew", "run": asked.run, "epoch": asked.epoch})
             self.draw = Draw(asked.run, asked.epoch, list(asked.names), asked.group_size, self.random_bytes(32))
         assert self.draw is not None
@@ -305,7 +305,7 @@ class Member:
         statements.require_distinct(published)
         e.keys_digest = transcript.set_digest(e.roster, asked.names, asked.digests)
         e.keyed = list(asked.names)
-        e.statements = {name: signed.digest for name, signed in told.items()}
+        e.statements = everyone  # strangers' too: a complaint may be theirs
         e.mask_keys = {name: b"".join(p.mask) for name, p in published.items() if name != self.name}
         reply = self._dealt(e, published)
         e.stage = epoch.SHARES
@@ -438,8 +438,7 @@ class Member:
             index=index,
             base=consent.base_of(request),
             members=e.names,
-            drawn=e.drawn,
-            settings=consent.settings_of(masking),
+            settings=consent.settings_of(request),
         )
         if e.drawn:
             consent.require_few_groups(self.journal, self.terms, e.names)
@@ -466,7 +465,7 @@ class Member:
                 "base": base,
                 "members": e.names,
                 "drawn": e.drawn,
-                "settings": consent.settings_of(masking),
+                "settings": consent.settings_of(request),
             }
         )
         e.asked, e.answer = b"", b""  # what was told of the round before is told no more

@@ -99,6 +99,8 @@ class Tally:
         if name in self.survivors:
             raise SecAggError("duplicate", f"{name} has sent its vectors already")
         for total, words in ((self.update, update), (self.counts, counts)):
+            if not isinstance(words, np.ndarray) or not words.flags.c_contiguous:
+                raise SecAggError("wrong_shape", f"a {type(words).__name__} that is no contiguous vector")
             if words.shape != total.shape or words.dtype != total.dtype:
                 raise SecAggError("wrong_shape", f"{words.shape} words of {words.dtype}, {total.shape} are needed")
         said = statements.masked_fields(f.roster, f.index, f.request, name, update, counts)

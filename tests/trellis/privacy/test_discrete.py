@@ -35,6 +35,7 @@ from trellis.privacy.discrete import (
     share_variance,
     skellam,
 )
+from trellis.secagg.prg import keystream
 from trellis.secagg.quantise import Quantised, dequantise, largest_sum, quantise, scale_for
 
 TABLE = (0.01, 0.3, 7.0, 1000.0, 4095.0)
@@ -97,10 +98,6 @@ def test_shares_by_hand() -> None:
 def test_sensitivities_by_hand() -> None:
     assert l2_sensitivity(2.0, 50, 16) == pytest.approx(104, rel=1e-9)
     assert l1_sensitivity(2.0, 50, 16) == pytest.approx(4 * 104, rel=1e-9)
-    # short vectors of many coordinates: |x_i| <= x_i^2
-    assert l2_sensitivity(1.0, 1, 10_000) == pytest.approx(101, rel=1e-9)
-    assert l1_sensitivity(1.0, 1, 10_000) == pytest.approx(101 * 100, rel=1e-9)
-    assert l1_sensitivity(1e-3, 1, 4) == pytest.approx(2.001 * 2, rel=1e-9)
     assert l1_sensitivity(0.25, 1, 1) == pytest.approx(1.25, rel=1e-9)
 
 
@@ -182,15 +179,20 @@ def test_the_table_is_the_law_of_two_poissons() -> None:
 
 @pytest.mark.parametrize("variance", TABLE)
 def test_the_table_is_the_law_of_bessel(variance: float) -> None:
-    tails, guide = discrete._tails(variance)
+    tails, _ = discrete._tails(variance)
     wanted = 2 * np.cumsum(special.ive(np.arange(tails.size + 150, 0, -1), variance))[150:]
     np.testing.assert_allclose(tails / 2.0**63, wanted, rtol=1e-12, atol=2**-62)
-    # the guide gives what the search gives
-    words = np.random.default_rng(0).integers(0, 2**63, 20_000, dtype=np.uint64)
-    searched = tails.size - np.searchsorted(tails, words, side="right")
-    guided = guide[words >> np.uint64(47)]
-    assert np.array_equal(guided[guided >= 0], searched[guided >= 0])
-    assert (guided >= 0).mean() > 0.9
+
+
+@pytest.mark.parametrize("variance", TABLE)
+def test_the_guide_gives_what_a_search_in_the_table_gives(variance: float) -> None:
+    tails, guide = discrete._tails(variance)
+    words = keystream(bytes(range(32)), 65536, np.uint64)
+    size = tails.size - np.searchsorted(tails, words >> np.uint64(1), side="right")
+    assert np.array_equal(
+        skellam(65536, variance, lambda n: bytes(range(n))), np.where(words & np.uint64(1), -size, size)
+    )
+    assert (guide >= 0).mean() > 0.98
 
 
 @pytest.mark.parametrize("variance", [4096.0, 5000.0, 1e6])
@@ -209,9 +211,8 @@ def test_the_formula_is_the_law_of_the_ratios(variance: float) -> None:
 
 @pytest.mark.parametrize("variance", REJECTION)
 def test_the_formula_sums_to_one(variance: float) -> None:
-    std = math.sqrt(variance)
-    step = max(1.0, std / 64)  # a trapezoid of a smooth bell is exact far beyond float64
-    k = step * np.arange(-2000, 2001)
+    step = max(1.0, math.sqrt(variance) / 64)  # a trapezoid of a smooth bell is exact far beyond float64
+    k: Floats = np.arange(-2000, 2001) * np.float64(step)
     assert step * np.exp(discrete._log_probability(k, variance)).sum() == pytest.approx(1, abs=5e-12)
 
 

@@ -27,6 +27,9 @@ Vectors = dict[str, tuple[Any, Any]]
 
 TERMS = Terms(least_threat=Threat.semi_honest, min_group=2, code_is_pinned=True)
 
+SPARSE = replace(TERMS, colluding=0.0, dropping=0.0)
+"""With which a group of fourteen may be sparse; else all of it must share."""
+
 
 @dataclass
 class Memory:
@@ -272,6 +275,7 @@ def plain_sum(vectors: dict[str, tuple[Any, Any]], survivors: Iterable[str]) -> 
 
 
 __all__ = [
+    "SPARSE",
     "TERMS",
     "Drawing",
     "Memory",
