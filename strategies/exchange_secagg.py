@@ -214,6 +214,10 @@ class SecAggExchange:
         seconds = {"exchange": time.perf_counter() - started, "offline": offline_s}
         return replace(collected, seconds=seconds)
 
+    def register(self, nodes: Sequence[NodeInfo]) -> None:
+        """All nodes of the run, before its first round: limits that are the same in all rounds follow from them."""
+        self._limits = self._store.limits("train", _limits_of(nodes, self.max_examples))
+
     def named(self, node_ids: Sequence[int], ask: Ask) -> list[NodeInfo]:
         """The nodes behind these ids: those that sign their names with the keys that are pinned, sorted by name.
 
@@ -630,9 +634,13 @@ class SecAggExchange:
         for p in (p for p in pending if not p.tally.is_agreed):
             for name in p.tally.survivors:
                 questions[name], of[name] = _content(p.tally.ask_survivors()), p.tally
+        open_tallies = [p.tally for p in pending]
         for name, reply in self._stage(questions, Survivors, ask, books):
             with books_refusing(books, name):
                 of[name].take_survivors(name, reply)
+            open_tallies = [t for t in open_tallies if not t.is_agreed]
+            if not open_tallies:
+                return
 
     def _unmask(self, pending: Sequence[Pending], ask: Ask, books: _Books) -> None:
         """Shares, until there are enough of every secret: who is slow then costs nothing."""
@@ -860,6 +868,15 @@ def _read_masked(content: RecordDict, request: Request) -> tuple[Signed, Any, An
     return Signed(payload, signature), decoded[0], decoded[1]
 
 
+def _all_failed(known: KnownSum) -> bool:
+    """Whether no survivor's app gave anything; not where the counts cannot be believed."""
+    try:
+        found = counts.decode(known.masking.counts, known.counts, num_members=len(known.survivors))
+    except SecAggError:
+        return False
+    return int(found.get(counts.FAILED, 0)) >= len(known.survivors)
+
+
 def _read_sum(known: KnownSum, out: Any) -> float:
     """A group's mean into `out`, its weight back.  Raises SecAggError where honest members cannot have such a sum."""
     masking, num_survivors = known.masking, len(known.survivors)
@@ -867,10 +884,11 @@ def _read_sum(known: KnownSum, out: Any) -> float:
     weight = sum(weight_of[name] for name in known.survivors)
     if out is None:
         return float(weight)
-    if len(set(masking.weights)) == 1:  # who failed sent zeros, and is not in the mean
-        weight -= weight_of[known.survivors[0]] * _failed(known)
+    # who failed sent zeros, and counts: a number of failures that a liar may choose would let it scale the mean
     if weight <= 0:
-        raise SecAggError("num_examples", "its survivors failed, or registered no rows: their weight is 0")
+        raise SecAggError("num_examples", "its survivors registered no rows: their weight is 0")
+    if _all_failed(known):
+        raise SecAggError("error_reply", "its survivors failed, every one of them")
     most = quantise.largest_sum(weight, masking.clip_norm, masking.scale, num_survivors)
     out[:] = quantise.dequantise(
         known.update, scale=masking.scale, total_weight=weight, num_members=num_survivors, most=most
@@ -880,12 +898,3 @@ def _read_sum(known: KnownSum, out: Any) -> float:
     if length > masking.clip_norm * (1 + SLACK) + rounding:
         raise SecAggError("norm", f"its mean has norm {length:.3g}, members clip to {masking.clip_norm:.3g}")
     return float(weight)
-
-
-def _failed(known: KnownSum) -> int:
-    """Survivors that sent zeros because their app failed; 0 where the counts cannot be believed."""
-    try:
-        found = counts.decode(known.masking.counts, known.counts, num_members=len(known.survivors))
-    except SecAggError:
-        return 0
-    return int(found.get(counts.FAILED, 0))

@@ -104,6 +104,8 @@ class RoundStrategy(Strategy):
     def run(self, grid: Grid, state: ServerState, nodes: Sequence[NodeInfo], *, rounds: int) -> ServerState:
         """Train from `state` up to round `rounds`, then evaluate the last version once.  -> the last state."""
         ask = door(grid, self.clock)
+        if isinstance(self.exchange, SecAggExchange):
+            self.exchange.register(nodes)
         while state.round < rounds:
             state, record = self.round(state, nodes, ask)
             self._commit(state, record)

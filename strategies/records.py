@@ -107,7 +107,7 @@ def _means(collected: Collected) -> dict[str, float]:
     if collected.groups is None:
         return mean_metrics(collected.updates)
     summed = [group for group in collected.groups if "train_loss" in group.metrics]
-    nodes = sum(len(group.survivors) - group.metrics.get("num_failed", 0) for group in summed)
+    nodes = sum(max(len(group.survivors) - group.metrics.get("num_failed", 0), 0) for group in summed)
     return {"train/loss": sum(group.metrics["train_loss"] for group in summed) / nodes} if nodes else {}
 
 

@@ -252,8 +252,9 @@ def test_an_update_that_is_no_number_is_sent_as_masked_zeros_and_counted_by_nobo
     assert collected.refusals == (), "a refusal would tell something of its rows"
     assert [row.members for row in collected.rows] == [A, B]
     assert (collected.groups or ())[0].metrics == {"num_failed": 1.0, "num_clipped": 0.0}
-    assert collected.rows[0].weight == 3
-    assert np.array_equal(collected.rows[0].update_d, nodes.plain_mean(A[1:]))
+    # it counts as an update of zeros: were the mean divided by fewer, a liar could say how many
+    assert collected.rows[0].weight == 4
+    assert np.allclose(collected.rows[0].update_d, 0.75 * nodes.plain_mean(A[1:]), atol=1e-6)
 
 
 def test_whose_app_failed_cannot_be_seen_from_what_stands_beside_the_masks(sites: Sites, tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def base_of(request: Request) -> str:
         raise SecAggError(DENIED, f"nothing is masked for {purpose[:40]!r} on {splits[:4]}")
     if request.purpose == "statistics":
         return f"statistics:{request.config.get('sector', '')}"
-    return f"{request.purpose}:{request.base}"
+    # a base is scored in a round, on halves of validation rows, and at the end, on test rows too
+    final = request.purpose == "evaluate" and splits != ["validation"]
+    return f"{request.purpose}{'-final' if final else ''}:{request.base}"
 
 
 def require_weights(terms: Terms, masking: Masking) -> None:

@@ -461,7 +461,7 @@ class Member:
                 "run": e.run,
                 "epoch": e.epoch,
                 "index": index,
-                "purpose": request.purpose,
+                "purpose": base.partition(":")[0],
                 "base": base,
                 "members": e.names,
                 "drawn": e.drawn,

@@ -1896,7 +1896,7 @@ def test_test_rows_of_a_base_are_counted_in_one_evaluation_and_never_in_training
     play.round(play.request(0), vectors)
     play.round(play.request(1, purpose="evaluate", splits=("test",)), vectors)
     again = next_run(play, TERMS, run=play.run)
-    for splits in (("test",), ("validation",), ("test_tuned",), ("validation", "test"), ()):
+    for splits in (("test",), ("test_tuned",), ("validation", "test"), ()):
         with refuses("answered in this run"):
             again.masked("a", again.request(0, purpose="evaluate", splits=splits), *vectors["a"])
 
@@ -2124,7 +2124,7 @@ def test_rounds_in_groups_that_were_drawn_long_ago_buy_no_new_draws() -> None:
             for play in plays:
                 play.round(play.request(at, base=f"base {at}"), vectors_of(play.names))
 
-    with refuses("groups are drawn once for an epoch"):
+    with refuses("no more draws"):
         grind()
     assert drawn <= 5  # the first of these rounds is a sum that came of a draw
 
