@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clients.identity import Identity
-from conf.schema import DpTask, NodeTask, Released
+from conf.schema import DpTask
 from trellis import canonical, wire
-from trellis.errors import BudgetError, LedgerError, PolicyRefusal
+from trellis.errors import BudgetError, ConfigError, LedgerError, PolicyRefusal
 from trellis.privacy import accountant
-from trellis.privacy.accountant import Entry
-from trellis.privacy.ledger import Charge, Kind, Ledger
+from trellis.privacy.ledger import Charge, Ledger
 from trellis.types import Request
 
 DENIED = "policy.budget"
@@ -28,7 +27,8 @@ class Spending:
     """What a round may cost at this node: charged, and yet to be settled."""
 
     noise_multiplier: float
-    charges: tuple[Charge, ...]
+    charge: Charge | None
+    """None: there is nothing to train on, and nothing to pay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,32 +67,40 @@ class Budget:
         return accountant.epsilon(self.ledger.entries(), self.delta)
 
     def charge(
-        self, task: DpTask, request: Request, about: str, *, sample_rate: float, steps: int, releases: int, data: str
+        self, task: DpTask, request: Request, about: str, *, sample_rate: float, steps: int, data: str
     ) -> Spending:
-        """Charge a round's training, and `releases` of noised counts, or refuse it.
+        """Charge a round's training, or refuse it.
 
         Raises PolicyRefusal("policy.budget") with what is spent, asked and left; where the ledger cannot be read, too.
         """
         try:
             with self.ledger.locked():
-                known = [c for c in self.ledger.charges() if c.about == about and c.id not in self.ledger.settled()]
+                settled = self.ledger.settled()
+                # charged, and nothing left the node: but only for the same steps over the same rows
+                known = [
+                    c
+                    for c in self.ledger.charges()
+                    if c.about == about
+                    and c.id not in settled
+                    and (c.sample_rate, c.steps, c.data_digest) == (sample_rate, steps, data)
+                ]
                 if known:
-                    return Spending(_noise_of(known), tuple(known))
-                noise = self._noise(task, request.run, sample_rate=sample_rate, steps=steps, releases=releases)
-                charges = self._charges(task, request, about, noise, sample_rate, steps, releases, data)
-                self._require(charges)
-                for charge in charges:
+                    return Spending(known[0].noise_multiplier, known[0])
+                noise = self._noise(task, request.run, sample_rate=sample_rate, steps=steps)
+                charge = self._charge(request, about, noise, sample_rate, steps, data)
+                self._require(charge)
+                if steps:
                     self.ledger.charge(charge)
-                return Spending(noise, tuple(charges))
+                return Spending(noise, charge if steps else None)
         except (LedgerError, BudgetError) as error:
             raise PolicyRefusal(DENIED, f"{self.own.spec.name}: {error}") from error
 
     def settle(self, spending: Spending) -> None:
         """All steps of it were taken."""
-        for charge in spending.charges:
-            self.ledger.settle(charge.id, charge.steps)
+        if spending.charge is not None:
+            self.ledger.settle(spending.charge.id, spending.charge.steps)
 
-    def _noise(self, task: DpTask, run: str, *, sample_rate: float, steps: int, releases: int) -> float:
+    def _noise(self, task: DpTask, run: str, *, sample_rate: float, steps: int) -> float:
         """The noise of this run: what it asks for, or what its whole plan needs; solved once, then kept."""
         least = self.own.spec.policy.dp.min_noise_multiplier
         if task.noise_multiplier is not None:
@@ -106,61 +114,48 @@ class Budget:
         earlier = [c for c in self.ledger.charges() if c.run == run and c.kind == "dp_sgd"]
         if earlier:
             return earlier[0].noise_multiplier
-        assert task.target_epsilon is not None
-        # a node scores in every round, and at the end
-        published = [Entry(task.metrics_noise_multiplier, 1.0, releases * (task.rounds + 1))] if releases else []
-        found = accountant.noise_multiplier_for(
-            task.target_epsilon, self.delta, sample_rate=sample_rate, steps=steps * task.rounds, spent=published
-        )
+        if task.target_epsilon is None:
+            raise PolicyRefusal(DENIED, f"{self.own.spec.name}: the run says neither its noise nor what it may spend")
+        try:
+            found = accountant.noise_multiplier_for(
+                task.target_epsilon, self.delta, sample_rate=sample_rate, steps=steps * task.rounds
+            )
+        except ConfigError as error:
+            raise PolicyRefusal(DENIED, f"{self.own.spec.name}: {error}") from error
         return max(found, least)
 
-    def _charges(
-        self,
-        task: DpTask,
-        request: Request,
-        about: str,
-        noise: float,
-        sample_rate: float,
-        steps: int,
-        releases: int,
-        data: str,
-    ) -> list[Charge]:
-        parts: list[tuple[Kind, float, float, int]] = []
-        if steps:
-            parts.append(("dp_sgd", noise, sample_rate, steps))
-        if releases:
-            parts.append(("counts", task.metrics_noise_multiplier, 1.0, releases))
+    def _charge(self, request: Request, about: str, noise: float, sample_rate: float, steps: int, data: str) -> Charge:
         tries = sum(c.about == about for c in self.ledger.charges())
-        return [
-            Charge(
-                id=canonical.digest([about, kind, tries]),
-                run=request.run,
-                round=request.round,
-                about=about,
-                kind=kind,
-                noise_multiplier=sigma,
-                sample_rate=q,
-                steps=taken,
-                data_digest=data,
-                at=time.time(),
-            )
-            for kind, sigma, q, taken in parts
-        ]
+        return Charge(
+            id=canonical.digest([about, "dp_sgd", tries]),
+            run=request.run,
+            round=request.round,
+            about=about,
+            kind="dp_sgd",
+            noise_multiplier=noise,
+            sample_rate=sample_rate,
+            steps=steps,
+            data_digest=data,
+            at=time.time(),
+        )
 
-    def _require(self, charges: list[Charge]) -> None:
-        """Raises PolicyRefusal where these charges would exceed the budget."""
-        most = self.own.spec.policy.dp.max_epsilon
+    def _require(self, charge: Charge) -> None:
+        """Raises PolicyRefusal where this charge would exceed the budget."""
+        policy, name = self.own.spec.policy.dp, self.own.spec.name
+        most, entries = policy.max_epsilon, self.ledger.entries()
         if most is None:
             return
-        entries = self.ledger.entries()
+        after = accountant.epsilon([*entries, charge.entry(charge.steps)], self.delta)
+        if after <= most:
+            return
+        if policy.hide_epsilon:
+            raise PolicyRefusal(DENIED, f"{name}: this round would exceed the budget of its data")
         spent = accountant.epsilon(entries, self.delta)
-        after = accountant.epsilon([*entries, *(c.entry(c.steps) for c in charges)], self.delta)
-        if after > most:
-            raise PolicyRefusal(
-                DENIED,
-                f"{self.own.spec.name}: epsilon {spent:.4g} of {most:g} is spent on {self.ledger.unit} at delta "
-                f"{self.delta:g}; this round would make it {after:.4g}, {max(most - spent, 0):.4g} is left",
-            )
+        raise PolicyRefusal(
+            DENIED,
+            f"{name}: epsilon {spent:.4g} of {most:g} is spent on {self.ledger.unit} at delta {self.delta:g}; this "
+            f"round would make it {after:.4g}, {max(most - spent, 0):.4g} is left",
+        )
 
 
 def told(own: Identity, request: Request) -> dict[str, float]:
@@ -169,20 +164,10 @@ def told(own: Identity, request: Request) -> dict[str, float]:
         return {}
     try:
         found = Budget.of(own)
-        charges = [c for c in found.ledger.charges() if c.kind == "dp_sgd"]
+        charges = [c for c in found.ledger.charges() if c.run == request.run]
         return {wire.EPSILON: found.epsilon(), **({wire.NOISE: charges[-1].noise_multiplier} if charges else {})}
     except (PolicyRefusal, LedgerError):
         return {}
-
-
-def releases_of(task: NodeTask, num_splits: int) -> int:
-    """Noised vectors of counts that a request asks for."""
-    noisy = task.dp is not None and task.dp.metrics is Released.noisy
-    return num_splits if noisy else 0
-
-
-def _noise_of(charges: list[Charge]) -> float:
-    return next((c.noise_multiplier for c in charges if c.kind == "dp_sgd"), 0.0)
 
 
 def folder_of(own: Identity) -> Path:

@@ -7,6 +7,7 @@ import secrets
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -17,15 +18,18 @@ from clients.budget import Budget, told
 from clients.identity import Identity
 from clients.policy import consent, consent_to_rows, task_of
 from clients.store import NodeStore, store_of
-from conf.schema import NodeTask, from_json, to_json
+from conf.schema import DpTask, NodeTask, from_json, to_json
 from sectors import schema, training
 from sectors.base import SPLITS, NodeData, Place, Rows, Sector, num_rows, place_of, take
 from sectors.params import initial_arrays
 from sectors.training import Trained
 from trellis import canonical, wire
-from trellis.errors import DataError, PolicyRefusal, WireError
+from trellis.errors import ConfigError, DataError, PolicyRefusal, WireError
 from trellis.types import Purpose, Request
 from trellis.vectors import Arrays, Layout, digest
+
+if TYPE_CHECKING:
+    from sectors.private import PrivateSettings
 
 EVALUATED = {"evaluate": {"validation", "test", "test_tuned"}, "train": {"validation", "test"}, "statistics": {"train"}}
 """Splits a request of each purpose may ask about."""
@@ -75,45 +79,58 @@ def private_round(
     if request is None or request.splits:
         # neither without a name for what is charged, nor with exact counts of rows
         raise PolicyRefusal("policy.privacy", f"{node.spec.name} scores nothing under privacy={task.privacy}")
+    # a step draws from all rows, however many steps there are
+    consent_to_rows(node.spec, num_rows(data.train))
     budget, dp = Budget.of(node), task.dp
     plan = private.plan(
         num_rows(data.train), task.training.batch_size, task.training.epochs, max_examples=task.training.max_examples
     )
-    about = secagg.about(request)
-    spending = budget.charge(
-        dp, request, about, sample_rate=plan.sample_rate, steps=plan.steps, releases=0, data=_digest_of(data.train)
-    )
-    settings = private.PrivateSettings(
-        noise_multiplier=spending.noise_multiplier,
-        clip_norm=dp.clip_norm,
-        clipping=dp.clipping.value,
-        mode=dp.grad_sample.value,
-        max_physical_batch=dp.max_physical_batch,
-        insecure_seed=_insecure_seed(node, task, request),
-    )
-    found = private.train(
-        sector_of(task),
-        task.training,
-        base,
-        data.train,
-        settings,
-        device=task.device,
-        proximal_mu=task.proximal_mu,
-        frozen_local=dp.frozen_local,
-    )
-    budget.settle(spending)
-    return Trained(found.arrays, found.num_examples, 0.0), told(node, request)
+    settings = _settings(node, task, dp, request)
+    # one at a time: two trainings at once would be two updates for one charge
+    with budget.ledger.locked():
+        spending = budget.charge(
+            dp,
+            request,
+            secagg.about(request),
+            sample_rate=plan.sample_rate,
+            steps=plan.steps,
+            data=digest(data.train),
+        )
+        found = private.train(
+            sector_of(task),
+            task.training,
+            base,
+            data.train,
+            replace(settings, noise_multiplier=spending.noise_multiplier),
+            device=task.device,
+            proximal_mu=task.proximal_mu,
+            frozen_local=dp.frozen_local,
+        )
+        budget.settle(spending)
+    return Trained(found.arrays, 0.0, found.num_examples), told(node, request)
+
+
+def _settings(node: Identity, task: NodeTask, dp: DpTask, request: Request) -> PrivateSettings:
+    """How to train, but for the noise.  Raises PolicyRefusal before anything is charged where the plan cannot be."""
+    from sectors import private
+
+    try:
+        return private.PrivateSettings(
+            noise_multiplier=1.0,
+            clip_norm=dp.clip_norm,
+            clipping=dp.clipping.value,
+            mode=dp.grad_sample.value,
+            max_physical_batch=dp.max_physical_batch,
+            insecure_seed=_insecure_seed(node, task, request),
+        )
+    except ConfigError as error:
+        raise PolicyRefusal("policy.protocol", f"{node.spec.name}: {error}") from error
 
 
 def _insecure_seed(node: Identity, task: NodeTask, request: Request) -> int | None:
     if not task.insecure_rng or not node.simulated:
         return None
     return canonical.seed_for(task.seed, "private", request.round, node.spec.name)
-
-
-def _digest_of(rows: Rows) -> str:
-    """Of the rows that are paid for."""
-    return digest(rows)
 
 
 def scored(task: NodeTask, data: NodeData, split: str, node: Identity, round: int) -> Rows:

@@ -76,6 +76,9 @@ def consent(spec: NodeSpec, task: NodeTask) -> None:
     if "*" not in policy.sectors and task.sector not in policy.sectors:
         allowed = ", ".join(policy.sectors) or "none"
         raise PolicyRefusal("policy.sector", f"{spec.name} takes part in {allowed}, not in {task.sector}")
+    if task.privacy.trains_privately != (task.dp is not None):
+        said = "has no plan" if task.dp is None else "has a plan"
+        raise PolicyRefusal("policy.privacy", f"{spec.name}: the run calls itself privacy={task.privacy}, and {said}")
     for least in policy.least:
         if not task.privacy.at_least(least):
             reason = f"{spec.name} asks for privacy={least} at least, the run has {task.privacy}"

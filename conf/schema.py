@@ -77,13 +77,6 @@ class GradSample(StrEnum):
     functorch = "functorch"
 
 
-class Released(StrEnum):
-    """What leaves a node of its validation and test rows under differential privacy."""
-
-    none = "none"
-    noisy = "noisy"
-
-
 class Require(StrEnum):
     """What a node asks of every run, at least."""
 
@@ -500,14 +493,10 @@ class DpConfig:
     """Rows whose gradients are in memory at once."""
     frozen_local: bool = False
     """Whether layers that stay at the node are left as they are; else they train in the same DP-SGD."""
-    metrics: Released = Released.none
-    metrics_noise_multiplier: float = 10.0
-    """With metrics=noisy: the noise of every release, in what one row adds; it is charged like training."""
 
     def __post_init__(self) -> None:
         _within("privacy.dp.clip_norm", self.clip_norm, above=0)
         _within("privacy.dp.max_physical_batch", self.max_physical_batch, least=1)
-        _within("privacy.dp.metrics_noise_multiplier", self.metrics_noise_multiplier, above=0)
 
 
 @dataclass
@@ -727,8 +716,6 @@ class DpTask:
     grad_sample: GradSample
     max_physical_batch: int
     frozen_local: bool
-    metrics: Released
-    metrics_noise_multiplier: float
     noise_multiplier: float | None = None
     target_epsilon: float | None = None
 
@@ -742,8 +729,6 @@ class DpTask:
             grad_sample=p.dp.grad_sample,
             max_physical_batch=p.dp.max_physical_batch,
             frozen_local=p.dp.frozen_local,
-            metrics=p.dp.metrics,
-            metrics_noise_multiplier=p.dp.metrics_noise_multiplier,
             noise_multiplier=p.noise_multiplier,
             target_epsilon=p.target_epsilon,
         )

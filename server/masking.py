@@ -64,9 +64,10 @@ class Masked:
 
 def tags(config: RunConfig, engine: str) -> dict[str, str]:
     """What a run's record says at first sight."""
-    if not config.privacy.name.masks:
-        return {}
     s = config.privacy.secagg
+    if not config.privacy.name.masks:
+        foreseen = config.privacy.name.trains_privately and s.insecure_rng
+        return {"fl.insecure_rng": "true"} if foreseen else {}
     found = {"fl.masked": "true", "fl.threat": str(s.threat)}
     if engine != "deployment":
         found["fl.keys"] = "simulated"
@@ -262,6 +263,7 @@ def exchange(
         audit_size=drawn_size(config) if s.audit_every else 0,
         counts=counts,
         counts_problem=problem,
+        losses=not config.privacy.name.trains_privately,
         timeout_s=config.round_timeout_s,
         offline_timeout_s=s.offline_timeout_s,
         clock=clock,

@@ -167,7 +167,9 @@ class SecAggExchange:
     counts: Mapping[str, CountSpec] | None = None
     counts_problem: checks.CountsProblem | None = None
     native: bool = True
-    """Whether nodes run our app: then losses and counts are among what is summed."""
+    """Whether nodes run our app: then counts are among what is summed."""
+    losses: bool = True
+    """Whether the losses of their training are too."""
     max_examples: int = 100_000_000
     timeout_s: float = 3600.0
     offline_timeout_s: float = 300.0
@@ -542,7 +544,7 @@ class SecAggExchange:
         own = [counts.field_of(counts.FAILED, failed, most=1, num_members=num_members)]
         if request.purpose == "train":
             own.append(counts.field_of(counts.CLIPPED, clipped, most=1, num_members=num_members))
-            if self.native:
+            if self.native and self.losses:
                 loss = TensorSpec(counts.LOSS, (), "float64")
                 own.append(counts.field_of(counts.LOSS, loss, most=LOSS_MAX, num_members=num_members))
         limits = self._limits or Limits(0, 0)

@@ -109,7 +109,7 @@ class RoundStrategy(Strategy):
         while state.round < rounds:
             state, record = self.round(state, nodes, ask)
             self._commit(state, record)
-            if records.exhausted(record):
+            if records.exhausted(record, [n.name for n in nodes if n.role is Role.train]):
                 break  # nobody has any budget left: the last model is the result
         if self.measures:
             state, record = self.close(state, nodes, ask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,10 +82,10 @@ def record(
     )
 
 
-def exhausted(record: RoundRecord) -> bool:
-    """Whether nobody answered, and everybody who was asked refused for lack of budget."""
+def exhausted(record: RoundRecord, trainers: Collection[str]) -> bool:
+    """Whether all that could train were asked, and refused for lack of budget."""
     without = {refusal.node for refusal in record.refusals if refusal.reason == "policy.budget"}
-    return bool(record.asked) and set(record.asked) <= without
+    return bool(trainers) and set(trainers) <= without
 
 
 def _own(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from trellis.cli.show import console, plain
-from trellis.errors import ConfigError
+from trellis.errors import ConfigError, PolicyRefusal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +45,8 @@ def _show(arguments: argparse.Namespace) -> int:
     """Every ledger that is found, with what is left of its budget."""
     from trellis.errors import LedgerError
 
+    if arguments.run is not None and arguments.node_file is not None:
+        raise ConfigError("a run folder and --node-file: say one of them")
     found = _ledgers(arguments)
     if not found:
         raise ConfigError("no ledger is there: nothing was ever trained privately")
@@ -75,21 +77,33 @@ def _ledgers(arguments: argparse.Namespace) -> list[tuple[str, Path, float, floa
     if arguments.node_file is not None:
         from clients import budget, identity
 
-        own = identity.from_file(str(arguments.node_file))
+        try:
+            own = identity.from_file(str(arguments.node_file))
+            folder = budget.folder_of(own)
+        except PolicyRefusal as error:
+            raise ConfigError(error.reason) from error
         policy = own.spec.policy.dp
-        folder = budget.folder_of(own)
-        return [(own.spec.name, path, policy.delta, policy.max_epsilon) for path in sorted(folder.glob("*.jsonl"))]
+        return [
+            (own.spec.name, path, policy.delta, policy.max_epsilon if path.stem == policy.privacy_unit else None)
+            for path in _files(folder)
+        ]
     if arguments.run is None:
         raise ConfigError("say whose: a run folder, or --node-file")
     if not arguments.run.is_dir():
         raise ConfigError(f"{arguments.run} is no folder of a run or of a node")
     specs = _specs(arguments.run)
     found = []
-    for path in sorted(arguments.run.glob("**/ledger/*.jsonl")):
+    for path in (path for folder in sorted(arguments.run.glob("**/ledger")) for path in _files(folder)):
         node = path.parent.parent.name
         known = specs[node].policy.dp if node in specs else None
         found.append((node, path, known.delta if known else arguments.delta, known.max_epsilon if known else None))
     return found
+
+
+def _files(folder: Path) -> list[Path]:
+    """Ledgers, also those of which only the mark is left."""
+    marked = {path.with_name(path.name.removesuffix(".mark")) for path in folder.glob("*.jsonl.mark")}
+    return sorted({*folder.glob("*.jsonl"), *marked})
 
 
 def _specs(run: Path) -> dict[str, Any]:
@@ -131,6 +145,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     from trellis.privacy import accountant
     from trellis.privacy.accountant import Entry
 
+    if arguments.run is not None:
+        raise ConfigError("a plan is of --rows, not of a run")
+    if arguments.noise is not None and not 0 < arguments.noise < 1e6:
+        raise ConfigError(f"--noise is {arguments.noise}; it must be above 0")
     if arguments.rows is None or (arguments.epsilon is None) == (arguments.noise is None):
         raise ConfigError("a plan needs --rows, and one of --epsilon and --noise")
     counts = (arguments.rows, arguments.batch_size, arguments.epochs, arguments.rounds)
@@ -187,5 +205,9 @@ def _picture(path: Path, by_round: dict[int, float], noise: float, delta: float)
     axes.set_title(f"noise multiplier {noise:.3g}, delta {delta:g}", loc="left", fontsize=10)
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=160)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=160)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot draw {path}: {error}") from error
+    finally:
+        pyplot.close(figure)

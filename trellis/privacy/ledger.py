@@ -41,7 +41,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 RESTORE = (
     "restore it and its .mark from a backup that has every charge, and never start at zero: without one, what is left "
-    "for these data is unknown, so nothing is; `trellis privacy show` prints what can be read"
+    "for these data is unknown, so nothing is"
 )
 
 
