@@ -32,8 +32,8 @@ check: $(STAMP)  ## Formatting, lint, types, import layers
 	@$(BIN)/mypy trellis strategies conf
 	@$(BIN)/lint-imports
 
-bench: $(STAMP)  ## Engines, rules, tracking and secure aggregation, against Flower and ByzFL in the same run
-	@status=0; for table in engines rules tracking secagg; do \
+bench: $(STAMP)  ## Engines, rules, tracking, masks and private training, against their peers in the same run
+	@status=0; for table in engines rules tracking secagg private; do \
 	  $(RUN) $(BIN)/python -m experiments.benchmarks.$$table || status=1; done; exit $$status
 
 ui: $(STAMP)  ## The MLflow UI on the recorded runs
