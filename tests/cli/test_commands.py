@@ -15,6 +15,7 @@ from conf.load import load
 from server.run import RunResult
 from trellis.cli import COMMANDS, main
 from trellis.cli import simulate as simulate_command
+from trellis.errors import ConfigError
 from trellis.types import RoundRecord, ServerState
 
 FAST = ["rounds=1", "tracking=none"]
@@ -390,3 +391,13 @@ def test_the_ui_needs_a_recorded_run(capsys: pytest.CaptureFixture[str], tmp_pat
 def test_sync_needs_a_run_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["sync", "nothing", "--runs-dir", str(tmp_path)]) == 2
     assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_a_masked_run_says_what_it_gives_line_by_line_and_nothing_where_it_cannot_be() -> None:
+    said = simulate_command._masked(load(["nodes=consortium", "privacy=secagg"]))
+    assert said[0] == "secure aggregation (malicious_server), groups: 1 of 10 nodes"
+    assert "7 nodes at least, of 3 organisations" in said[1]
+    assert "3 colluders and 3 dropouts" in said[2]
+    assert "simulated" in said[-1]
+    with pytest.raises(ConfigError, match="loses its round when a single member is missing"):
+        simulate_command._masked(load(["nodes=pilot", "privacy=secagg"]))

@@ -82,7 +82,8 @@ def _one(overrides: list[str], err: Console) -> RunResult:
     primary = sectors.get(config.sector.name, config.sector.options).primary.name
     err.print(plain(title))
     if config.privacy.name.masks:
-        err.print(plain(_masked(config)))
+        for line in _masked(config):
+            err.print(plain(line), soft_wrap=True)
     columns = (
         TextColumn("round"),
         MofNCompleteColumn(),
@@ -106,21 +107,22 @@ def _one(overrides: list[str], err: Console) -> RunResult:
         return simulate(overrides, on_round=on_round)
 
 
-def _masked(config: RunConfig) -> str:
-    """What secure aggregation gives in this run, and what it survives."""
+def _masked(config: RunConfig) -> list[str]:
+    """What secure aggregation gives in this run, and what it survives, line by line."""
     from server import masking
 
+    masking.check(config)  # before anything is promised
     found = masking.plan_of(config)
     weakest, sizes = found.weakest, sorted({len(group) for group in found.groups})
     size = f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
-    return (
-        f"secure aggregation ({weakest.threat}), groups: {len(found.groups)} of {size} nodes\n"
+    return [
+        f"secure aggregation ({weakest.threat}), groups: {len(found.groups)} of {size} nodes",
         f"  privacy set  every sum is over {weakest.privacy_set} nodes at least, of {config.privacy.secagg.min_group} "
-        "organisations\n"
-        f"  a group      survives {weakest.colluders} colluders and {weakest.dropouts} dropouts\n"
-        f"  the rule     {config.rule.name} survives {found.num_byzantine} liars, {found.num_lost_groups} groups lost\n"
-        "  keys         simulated: this run shows the protocol, and keeps no secret from who runs it"
-    )
+        "organisations",
+        f"  a group      survives {weakest.colluders} colluders and {weakest.dropouts} dropouts",
+        f"  the rule     {config.rule.name} survives {found.num_byzantine} liars, {found.num_lost_groups} groups lost",
+        "  keys         simulated: this run shows the protocol, and keeps no secret from who runs it",
+    ]
 
 
 def _metric(record: RoundRecord, primary: str, best: float | None) -> str:
