@@ -35,13 +35,12 @@ from trellis.secagg import counts, draws, epoch, messages, prg, quantise, transc
 from trellis.secagg.consent import DENIED, Terms
 from trellis.secagg.member import Member
 from trellis.secagg.messages import AskDraw, AskKeys, AskReveal, Confirmation
-from trellis.types import POLICY_CODES, Masking, Request, Threat
+from trellis.types import LOSS_MAX, POLICY_CODES, Masking, Request, Threat
 from trellis.vectors import Arrays, Layout
 
 STATE = "trellis.secagg"
 PINNED, DRAWN = "pinned", "drawn"
 """Two epochs may go on at once: that of the group its site has pinned, and that of a group that was drawn."""
-LOSS_MAX = 100.0
 
 
 def secagg_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:

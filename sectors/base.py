@@ -35,7 +35,7 @@ from sectors import files, partition
 from sectors.schema import Column, Table
 from trellis import canonical
 from trellis.errors import ConfigError, DataError, MissingData
-from trellis.types import Counts, MetricSpec, Role
+from trellis.types import LOSS_MAX, Counts, MetricSpec, Role
 from trellis.vectors import CountSpec
 
 Rows = dict[str, npt.NDArray[Any]]
@@ -46,9 +46,6 @@ TRAIN, VALIDATION, TEST, OWN = 0, 1, 2, -1
 """Index into SPLITS; OWN: the node's own split decides."""
 
 SERVER_FRACTION_MAX = 0.5
-
-LOSS_MAX = 100.0
-"""Where a row's loss is cut in evaluation: no row, and no liar, outweighs all others in the mean."""
 
 
 @dataclass(frozen=True, slots=True)

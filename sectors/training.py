@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from conf.schema import OptimizerName, TrainingConfig
-from sectors.base import LOSS_MAX, Rows, Sector, num_rows, to_batch
+from sectors.base import Rows, Sector, num_rows, to_batch
 from sectors.params import arrays_of, load_into, reproducible
-from trellis.types import Counts
+from trellis.types import LOSS_MAX, Counts
 from trellis.vectors import Arrays
 
 EVALUATION_BATCH = 1024

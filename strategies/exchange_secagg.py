@@ -53,10 +53,21 @@ from trellis.secagg.messages import (
 )
 from trellis.secagg.tally import Facts, GroupLost, Masks, Tally, unmasked
 from trellis.secagg.transcript import Signed
-from trellis.types import Collected, CountField, GroupSum, Masking, NodeInfo, Refusal, Request, Role, Row, Update
+from trellis.types import (
+    LOSS_MAX,
+    Collected,
+    CountField,
+    GroupSum,
+    Masking,
+    NodeInfo,
+    Refusal,
+    Request,
+    Role,
+    Row,
+    Update,
+)
 from trellis.vectors import Arrays, CountSpec, Layout, TensorSpec, norm
 
-LOSS_MAX = 100.0
 SLACK = 1e-5
 """Of the norm of a group's mean, relative: what rounding to float32 may add."""
 BUSY_BYTES = 1 << 30

@@ -33,6 +33,10 @@ REFUSALS = (
 """Every reason for which the server turns a reply away.  A policy's refusal is listed under its own `policy.*` code.
 `group_lost`: the node did nothing wrong, but the sum of its group under secure aggregation could not be had."""
 
+LOSS_MAX = 100.0
+"""Where a loss is cut, a row's in evaluation and a node's under secure aggregation: nothing outweighs all others in a
+mean."""
+
 POLICY_CODES = {
     "policy.sector": 1001,
     "policy.privacy": 1002,
